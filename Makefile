@@ -1,0 +1,67 @@
+# Everything a newcomer types. `make demo` and `make test` set themselves up in .venv; once that is done, nothing
+# here needs the network, root, a display or a GPU.
+#
+#   PYTHON=/path/to/python3.12   interpreter that makes .venv (default: the first of python3.13, 3.12, 3.11, python3
+#                                that is 3.11 or newer)
+#   VENV=.venv                   where the environment is
+#   WORKERS=2                    processes for `make test`
+#   OUTPUT=demo.png FRAMES=8     what `make demo` writes
+#   ARGS=...                     further flags for pytest, `lego demo` or the kitchen's training
+
+SHELL    := /bin/bash
+PYTHON   ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV     ?= .venv
+WORKERS  ?= 2
+OUTPUT   ?= demo.png
+FRAMES   ?= 8
+ARGS     ?=
+
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.ready
+EXTRAS   := dev,vision,kitchen,train
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check format kitchen
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## draw a contact sheet with the embedded checkpoint (demo.png)
+	@$(BIN)/python -m lego_pipeline.cli demo --output $(OUTPUT) --frames $(FRAMES) $(ARGS)
+
+test: check ## check, then every test that needs neither minutes nor a GPU
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		-m "not slow and not gpu" $(ARGS)
+
+test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10 $(ARGS)
+
+test-gpu: $(READY) ## what only a GPU shows
+	$(BIN)/python -m pytest -m gpu --durations=10 $(ARGS) || \
+		{ code=$$?; [ $$code -eq 5 ] && echo "make: no test is marked gpu" || exit $$code; }
+
+check: $(READY) ## formatting, lint, types, version and changelog agree
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ty check
+	$(BIN)/python -m pytest -q --noconftest -p no:cacheprovider tests/test_version.py
+
+format: $(READY) ## rewrite the sources as `make check` wants them
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+kitchen: $(READY) ## render the kitchen and train its checkpoint; run again to resume
+	$(BIN)/python -m examples.kitchen.train $(ARGS)
+
+# A stamp, not the folder: an installation that was interrupted is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: Python 3.11 or newer is needed and none of python3.13, python3.12, python3.11, python3 is;" \
+			"install one or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+	@echo "make: setting up $(VENV) with $(PYTHON) (once; torch is a large download)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

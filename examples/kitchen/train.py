@@ -1,0 +1,200 @@
+"""From nothing to the embedded checkpoint in one resumable command; `make kitchen` runs it.
+
+    python -m examples.kitchen.train --run-dir runs/kitchen --max-minutes 60
+
+Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and embeddings
+-> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped; running this
+command again goes on with the first stage that is not finished. `--max-minutes` ends the slice, saved, wherever it is.
+The device is found by accelerate.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+from transformers.models.auto.processing_auto import AutoProcessor
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from examples.kitchen.components import (
+    FRAME_SIZE,
+    build_projector,
+    build_scheduler,
+    build_unet,
+    build_vlm,
+    set_copy,
+)
+from examples.kitchen.frames import read_split
+from lego_pipeline import LegoPipeline
+from lego_pipeline.checkpoints import KITCHEN
+from lego_pipeline.config import parse_config
+from lego_pipeline.data.embedding_cache import EmbeddingCache
+
+QUESTION = "How does the person properly {} that is displayed in the video frame?"
+
+
+@dataclass(kw_only=True)
+class TrainKitchenConfig:
+    run_dir: Path = Path("runs/kitchen")
+    pairs: int = 9000  # rendered for training; 400 more for validation, 600 for the test
+    workers: int = 2  # of rendering
+    max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to the end
+    vae_steps: int = 3000  # of 8 frames
+    clip_steps: int = 900  # of 64 frames
+    vlm_steps: int = 1200  # of 32 frames
+    ldm_steps: int = 6000  # of 48 pairs
+    export: bool = False  # write the result to lego_pipeline/checkpoints/kitchen
+    seed: int = 0
+
+
+class OutOfTime(Exception):
+    """The slice's minutes are over."""
+
+
+class Chain:
+    """Runs stages as subprocesses until the time is over."""
+
+    def __init__(self, config: TrainKitchenConfig):
+        self.config = config
+        self.data, self.run = config.run_dir / "data", config.run_dir
+        self.deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
+
+    def minutes_left(self) -> float:
+        """Of the slice, 0 for no limit.
+
+        Raises:
+            OutOfTime: none are left.
+        """
+        if self.deadline is None:
+            return 0.0
+        left = (self.deadline - time.monotonic()) / 60
+        if left < 0.1:
+            raise OutOfTime
+        return left
+
+    def call(self, *arguments: str | Path) -> None:
+        """Runs a Python command; its failure ends this program with its exit code."""
+        print("$ python", *arguments, flush=True)
+        code = subprocess.run([sys.executable, *map(str, arguments)]).returncode
+        if code:
+            raise SystemExit(code)
+
+    def train(self, folder: str, *arguments: str | Path) -> None:
+        """Runs a training script until it is finished or the time is over."""
+        report = self.run / folder / "report.json"
+        while not (report.exists() and json.loads(report.read_text())["finished"]):
+            limit = f"{self.minutes_left():.2f}"
+            self.call(*arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.config.seed))
+
+
+def start_vlm(run: Path, data: Path) -> None:
+    """LLaVA around the trained vision tower, before tuning."""
+    rows = read_split(data, "train")
+    questions = [QUESTION.format(action) for action in sorted(set(rows["action"][:]))]
+    torch.manual_seed(0)
+    tower = CLIPVisionModel.from_pretrained(run / "clip" / "vision_tower")
+    vlm, processor = build_vlm([*rows["description"][:], *questions], tower)
+    vlm.save_pretrained(run / "vlm_start")
+    processor.save_pretrained(run / "vlm_start")
+
+
+def frame_statistics(cache: Path) -> dict[str, list[float] | float]:
+    """Mean and spread of the training frames' pooled image embeddings, and the distance that none of them exceeds."""
+    import pyarrow.parquet as pq
+
+    embeddings = EmbeddingCache(cache)
+    keys = sorted({key for file in cache.glob("pairs-train-*.pairs") for key in pq.read_table(file)["frame_key"].to_pylist()})
+    pooled = torch.stack([embeddings.tensor(key).float().mean(0) for key in keys])
+    mean, scale = pooled.mean(0), pooled.std(0)
+    distance = ((pooled - mean) / scale).square().mean(1)
+    return {
+        "mean": [round(value, 4) for value in mean.tolist()],
+        "scale": [round(value, 4) for value in scale.tolist()],
+        "limit": round(2 * distance.max().item(), 2),
+    }
+
+
+def start_pipeline(run: Path) -> None:
+    """The LegoPipeline folder that training of UNet and projector starts from."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(run / "vae" / "vae")
+    unet = build_unet()
+    set_copy(unet, vae.config.scaling_factor)
+    pipeline = LegoPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(run / "clip" / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(run / "clip" / "tokenizer"),
+        unet=unet,
+        scheduler=build_scheduler(),
+        projector=build_projector(),
+        vlm=AutoModelForImageTextToText.from_pretrained(run / "vlm" / "vlm"),
+        vlm_processor=AutoProcessor.from_pretrained(run / "vlm" / "vlm"),
+        question_template=QUESTION,
+        resolution=FRAME_SIZE,
+        num_inference_steps=12,
+        guidance_scale=2.0,
+        image_guidance_scale=1.0,
+        max_new_tokens=48,
+        temperature=0.2,
+        frame_statistics=frame_statistics(run / "cache"),
+    )
+    pipeline.save_pretrained(run / "start")
+
+
+def export(run: Path, folder: Path) -> None:
+    """Writes the trained pipeline with the newest decoder in half precision."""
+    pipeline = LegoPipeline.from_pretrained(run / "ldm" / "pipeline", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae"))
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def main(config: TrainKitchenConfig) -> None:
+    chain = Chain(config)
+    data, run = chain.data, chain.run
+    seconds = {"train": config.pairs, "val": 400, "test": 600}
+    try:
+        for split, pairs in seconds.items():
+            chain.minutes_left()
+            chain.call(
+                *("-m", "examples.kitchen.render", "--pairs", str(pairs), "--size", str(FRAME_SIZE)),
+                *("--split", split, "--out", data / split, "--workers", str(config.workers)),
+            )
+        vae = ("-m", "examples.kitchen.train_vae", "--data", data, "--max-steps", str(config.vae_steps))
+        clip = ("-m", "examples.kitchen.train_clip", "--data", data, "--max-steps", str(config.clip_steps))
+        chain.train("vae", *vae)
+        chain.train("clip", *clip)
+        if not (run / "vlm_start" / "config.json").exists():
+            start_vlm(run, data)
+        chain.train(
+            "vlm",
+            *("train/tune_vlm.py", "--data", data / "train", "--vlm", run / "vlm_start", "--batch-size", "32"),
+            *("--learning-rate", "1e-3", "--max-steps", str(config.vlm_steps)),
+        )
+        for split in ("train", "val"):
+            chain.minutes_left()
+            chain.call(
+                *("train/cache_embeddings.py", "--data", data / split, "--split", split, "--batch-size", "64"),
+                *("--vlm", run / "vlm" / "vlm", "--cache", run / "cache", "--max-new-tokens", "48"),
+            )
+        if not (run / "start" / "model_index.json").exists():
+            start_pipeline(run)
+        chain.train(
+            "ldm",
+            *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data, "--cache", run / "cache"),
+            *("--pipeline", run / "start", "--max-steps", str(config.ldm_steps)),
+        )
+    except OutOfTime:
+        print(f"the slice's {config.max_minutes:g} minutes are over; the same command goes on from here")
+        return
+    if config.export:
+        export(run, KITCHEN)
+        print(f"checkpoint written to {KITCHEN}")
+
+
+if __name__ == "__main__":
+    main(parse_config(TrainKitchenConfig, __doc__))

@@ -1,0 +1,283 @@
+"""`lego generate`: one frame and an action to one picture, or a batch of them into a folder.
+
+A batch comes from a folder of images, from `--image` given several times, or from `--actions-file`. Every sample has
+its own seed, so a result depends neither on its neighbours nor on the order. The folder holds `<id>.png`, each with
+its parameters in the PNG text, and `generation.jsonl` with the same facts. A picture that is there already and was
+made from the same input, model and settings is not made again: the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from lego_pipeline.cli import records
+from lego_pipeline.cli.model import ModelOptions, draw
+from lego_pipeline.cli.samples import Sample, check_ids, check_seed, derive_seed, find_images, read_actions
+
+if TYPE_CHECKING:
+    from lego_pipeline import LegoPipeline
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A sample on its way: where its picture goes, what it depends on, and what became of it."""
+
+    sample: Sample
+    path: Path
+    request: dict[str, Any]  # settings and content of the input; equal requests give equal pictures
+    status: str = "failed"  # or "written", or "skipped": it was there already
+    error: str | None = None
+    record: dict[str, Any] | None = None
+
+    def fail(self, error: Exception | str) -> None:
+        """Note a failure and say it in one line."""
+        self.error = " ".join(str(error).split())
+        print(f"lego: {self.sample.id}: {self.error}", file=sys.stderr)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        sample = self.sample
+        return {
+            "id": sample.id,
+            "image": str(sample.image),
+            "action": sample.action,
+            "description": self.record["description"] if self.record else sample.description,
+            "seed": sample.seed,
+            "status": self.status,
+            "path": str(self.path) if self.record else None,
+            "error": self.error,
+        }
+
+
+@dataclass(kw_only=True)
+class Generate(ModelOptions):
+    """Draw the action frame for a frame and an action, or for many."""
+
+    output: Path
+    """A .png for one frame, or a folder for several."""
+    image: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Input frame, or a folder of them; may be repeated. With --actions-file: the folder that its images are in."""
+    action: str | None = None
+    """What the hands shall do, such as "open drawer"."""
+    description: str | None = None
+    """Detailed description of the action, instead of the VLM's own."""
+    actions_file: Path | None = None
+    """CSV or JSONL with the columns image, action and, if wanted, description, seed, id."""
+    seed: int = 0
+    """Seed of a single picture. In a folder every picture has its own, derived from this and its id."""
+    steps: int | None = None
+    """Denoising steps; without it the model's own number."""
+    guidance_scale: float | None = None
+    """How strongly the action is followed; without it the model's own."""
+    image_guidance_scale: float | None = None
+    """How strongly the input frame is kept; without it the model's own."""
+    batch_size: int = 1
+    """Pictures made at once: changes speed and memory, not the pictures."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run(self) -> int:
+        """Make what is asked; 0 if every picture is there in the end, 1 if one failed."""
+        self._check()
+        jobs = self._jobs()
+        if self.output.suffix.lower() == ".png":
+            self._run_one(jobs[0])
+        else:
+            self._run_folder(jobs)
+        counts = Counter(job.status for job in jobs)
+        if self.json:
+            numbers = {status: counts[status] for status in ("written", "skipped", "failed")}
+            print(json.dumps({"ok": not counts["failed"], **numbers, "samples": [job.as_dict() for job in jobs]}))
+        elif self.output.suffix.lower() == ".png":
+            print(f"{self.output}: {jobs[0].as_dict()['description']}")
+        else:
+            failed = f", {counts['failed']} failed" if counts["failed"] else ""
+            print(f"{self.output}: {counts['written']} written, {counts['skipped']} there already{failed}")
+        return 1 if counts["failed"] else 0
+
+    def _check(self) -> None:
+        """Refuse what no model could serve."""
+        if self.actions_file is not None:
+            if self.action is not None or self.description is not None:
+                raise ValueError(
+                    "`--action` and `--description` must be columns of the `--actions-file`, not flags beside it."
+                )
+        elif not self.image:
+            raise ValueError("`--image` or `--actions-file` must be given; name a frame, such as --image frame.png.")
+        elif not (self.action or "").strip() and not (self.description or "").strip():
+            raise ValueError('`--action` or `--description` must be given, such as --action "open drawer".')
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"`--steps` must be at least 1, got {self.steps}.")
+        for flag, scale in (
+            ("--guidance-scale", self.guidance_scale),
+            ("--image-guidance-scale", self.image_guidance_scale),
+        ):
+            if scale is not None and not (math.isfinite(scale) and scale >= 0):
+                raise ValueError(f"`{flag}` must be a finite number of at least 0, got {scale}.")
+        if self.batch_size < 1:
+            raise ValueError(f"`--batch-size` must be at least 1, got {self.batch_size}.")
+        check_seed(self.seed, "--seed")
+        records.check_output(self.output, ".png", folder=True)
+
+    def _jobs(self) -> list[Job]:
+        """One job for each picture that is asked for."""
+        one = self.output.suffix.lower() == ".png"
+        if self.actions_file is not None:
+            samples = read_actions(self.actions_file, self.image, self.seed)
+        else:
+            samples = [
+                Sample(
+                    id=path.stem,
+                    image=path,
+                    action=self.action,
+                    description=self.description,
+                    seed=self.seed if one else derive_seed(self.seed, path.stem),
+                )
+                for path in find_images(self.image)
+            ]
+        if one and len(samples) != 1:
+            raise ValueError(
+                f"`--output` must be a folder for {len(samples)} pictures, got {self.output}; leave out the .png."
+            )
+        check_ids(samples)
+        settings = {
+            "model": self.fingerprint(),
+            "dtype": self.dtype,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "image_guidance_scale": self.image_guidance_scale,
+        }
+        jobs = []
+        for sample in samples:
+            path = self.output if one else self.output / f"{sample.id}.png"
+            if path.resolve() == sample.image.resolve():
+                raise ValueError(f"`--output` must not replace the input frame {sample.image}; choose another name.")
+            asked = {"action": sample.action, "description": sample.description, "seed": sample.seed}
+            jobs.append(Job(sample=sample, path=path, request=settings | asked))
+        return jobs
+
+    def _run_one(self, job: Job) -> None:
+        """Make a single picture; a failure refuses the request."""
+        from lego_pipeline.images import read_image
+
+        _hash_input(job)
+        read_image(job.sample.image)  # a bad file is refused before the model is loaded
+        self._call(self.load(), [job])
+
+    def _run_folder(self, jobs: Sequence[Job]) -> None:
+        """Make the pictures that are not there yet; a failure is reported and does not stop the others."""
+        import tqdm
+
+        file = self.output / records.RECORDS
+        known = records.read_records(file)
+        wanted = []
+        for job in jobs:
+            try:
+                _hash_input(job)
+            except (OSError, ValueError) as error:
+                job.fail(error)
+                continue
+            record = records.read_png_record(job.path)
+            if record and record.get("request") == job.request:
+                job.status, job.record = "skipped", record
+                known[job.sample.id] = record
+            else:
+                wanted.append(job)
+        if known:
+            records.write_records(file, known.values())
+        if not wanted:
+            return
+        pipeline = self.load()
+        with tqdm.tqdm(total=len(wanted), unit="picture", disable=None) as bar:
+            for batch in _batches(wanted, self.batch_size):
+                self._call_or_report(pipeline, batch)
+                for job in batch:
+                    if job.record:
+                        known[job.sample.id] = job.record
+                        records.append_record(file, job.record)
+                bar.update(len(batch))
+        if known:
+            records.write_records(file, known.values())
+
+    def _call_or_report(self, pipeline: LegoPipeline, batch: Sequence[Job]) -> None:
+        """One call; if the pipeline refuses it, one call for each sample, so that only the bad ones fail."""
+        try:
+            self._call(pipeline, batch)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            if len(batch) == 1:
+                batch[0].fail(error)
+                return
+            for job in batch:
+                self._call_or_report(pipeline, [job])
+
+    def _call(self, pipeline: LegoPipeline, batch: Sequence[Job]) -> None:
+        """Make and write the pictures of one call of the pipeline."""
+        import torch
+
+        from lego_pipeline import __version__
+        from lego_pipeline.images import read_image
+
+        samples = [job.sample for job in batch]
+        pictures, descriptions = draw(
+            pipeline,
+            image=[read_image(sample.image) for sample in samples],
+            action=None if samples[0].action is None else [sample.action for sample in samples],
+            description=None if samples[0].description is None else [sample.description for sample in samples],
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
+        )
+        own = pipeline.config
+        for job, picture, description in zip(batch, pictures, descriptions, strict=True):
+            job.record = {
+                "id": job.sample.id,
+                "image": str(job.sample.image),
+                "action": job.sample.action,
+                "description": description,
+                "seed": job.sample.seed,
+                "steps": _given(self.steps, own["num_inference_steps"]),
+                "guidance_scale": _given(self.guidance_scale, own["guidance_scale"]),
+                "image_guidance_scale": _given(self.image_guidance_scale, own["image_guidance_scale"]),
+                "model": self.model or "kitchen",
+                "version": __version__,
+                "request": job.request,
+            }
+            records.write_png(job.path, picture, job.record)
+            job.status = "written"
+
+
+def _hash_input(job: Job) -> None:
+    """Note the content of the input; refuse a row that was not understood or names no file."""
+    if job.sample.problem:
+        raise ValueError(job.sample.problem)
+    if not job.sample.image.is_file():
+        raise FileNotFoundError(f"`image` must be an image file, but there is no file at {job.sample.image}.")
+    job.request["image_sha256"] = hashlib.sha256(job.sample.image.read_bytes()).hexdigest()
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Lists of at most `size` jobs; all of one list have an action or none has, and so with descriptions."""
+
+    def kind(job: Job) -> tuple[bool, bool]:
+        return job.sample.action is None, job.sample.description is None
+
+    for _, group in itertools.groupby(sorted(jobs, key=kind), key=kind):
+        same = list(group)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
