@@ -12,7 +12,7 @@ IP-Adapter, own ones) stays. A compiled UNet is left alone as well: the memory w
 Letters: B samples of a batch (all passes), L tokens of the condition, H heads, d width of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -96,7 +96,7 @@ class ReusingAttnProcessor:
 
 
 @contextmanager
-def reuse_keys_values(unet: nn.Module) -> Iterator[KeyValueMemory]:
+def reuse_keys_values(unet: nn.Module) -> Generator[KeyValueMemory, None, None]:
     """Lets the UNet's cross-attention layers compute their keys and values once within the block.
 
     Yields:

@@ -7,7 +7,7 @@ Letters: B samples, N = B * images per sample.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -142,7 +142,7 @@ def check_call(
                 stacklevel=3,
             )
     else:
-        own = pipe.condition_length
+        own = condition_length(pipe)
         length = own if prompt_embeds is None else prompt_embeds.shape[1]
         null_length = own if negative_prompt_embeds is None else negative_prompt_embeds.shape[1]
         if length != null_length:
@@ -164,6 +164,11 @@ def check_call(
             "EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)."
         )
     return sizes
+
+
+def condition_length(pipe: Any) -> int:
+    """L, the tokens of the sequences that a pipeline's `encode_condition` makes."""
+    return pipe.text_length + pipe.projector.config.num_image_tokens + pipe.projector.config.num_text_tokens
 
 
 def warn_of_unknown_frames(statistics: dict[str, Any] | None, enhancements: Sequence[Enhancement]) -> None:
@@ -188,6 +193,12 @@ def warn_of_unknown_frames(statistics: dict[str, Any] | None, enhancements: Sequ
         )
 
 
+@overload
+def as_list(value: None) -> None: ...
+@overload
+def as_list(value: str | Sequence[Any]) -> list[Any]: ...
+@overload
+def as_list(value: Any) -> list[Any] | None: ...
 def as_list(value: Any) -> list[Any] | None:
     """A list as it is, None as it is, a single value as a list of one."""
     if value is None or isinstance(value, list):
@@ -210,6 +221,10 @@ def batch_size_of(**values: Sequence[Any] | None) -> int:
     return max(lengths.values(), default=1)
 
 
+@overload
+def expand(values: None, batch_size: int) -> None: ...
+@overload
+def expand(values: list[Any], batch_size: int) -> list[Any]: ...
 def expand(values: list[Any] | None, batch_size: int) -> list[Any] | None:
     """One entry per sample: a list of one is repeated."""
     return values * batch_size if values is not None and len(values) == 1 else values

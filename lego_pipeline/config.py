@@ -32,7 +32,7 @@ def parse_config(
         values = _read_yaml(config_class, Path(path)) if path else {}
         missing = {
             field.name: tyro.MISSING
-            for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+            for field in dataclasses.fields(config_class)  # ty: ignore[invalid-argument-type]
             if field.default is field.default_factory is dataclasses.MISSING
         }
         dry_run = "--dry-run" in arguments
@@ -76,7 +76,7 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # ty: ignore[invalid-argument-type]
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -92,7 +92,7 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
 def _without_checks(config_class: type[Config], values: dict[str, Any]) -> Config:
     """An instance for tyro to fill, made without `__post_init__`, which cannot see required values yet."""
     default = object.__new__(config_class)
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for field in dataclasses.fields(config_class):  # ty: ignore[invalid-argument-type]
         if field.name in values:
             value = values[field.name]
         elif field.default_factory is not dataclasses.MISSING:

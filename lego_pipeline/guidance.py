@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 
-Scale: TypeAlias = float | Sequence[float]
+Scale: TypeAlias = float | list[float] | tuple[float, ...]
 PASSES = ("C", "M", "U")
 
 

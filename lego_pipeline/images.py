@@ -162,8 +162,10 @@ def model_size(
         height, width: asked for instead; one alone keeps the aspect.
     """
     scale = resolution / math.sqrt(own_height * own_width)
-    if height is not None or width is not None:
-        scale = height / own_height if height is not None else width / own_width
+    if width is not None:
+        scale = width / own_width
+    if height is not None:
+        scale = height / own_height
     return (
         height or max(1, round(own_height * scale / factor)) * factor,
         width or max(1, round(own_width * scale / factor)) * factor,

@@ -6,6 +6,7 @@ to be. Also what `LegoPipeline.save_pretrained` adds to a folder.
 """
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Collection
@@ -23,6 +24,7 @@ WEIGHT_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 WITHOUT_WEIGHTS = tuple(CONFIG_NAMES)
 CLASS_NAME = "LegoPipeline"
 PLAIN_DTYPE = "float32"
+HUB_ARGUMENTS = ("commit_message", "private", "create_pr", "token")
 
 
 def check_folder(folder: Path, variant: str | None = None, passed: Collection[str] = ()) -> None:
@@ -55,6 +57,11 @@ def check_folder(folder: Path, variant: str | None = None, passed: Collection[st
         is_component = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if is_component and name not in passed:
             _check_component(folder / name, variant)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is meant as a folder of this machine and not as an id of the model hub ("owner/name")."""
+    return os.path.isdir(path) or os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
 
 
 def check_dtype(dtype: Any) -> Any:
@@ -98,6 +105,15 @@ def check_device(device: Any) -> torch.device:
             'pass "cpu" or install a torch that sees the device.'
         )
     return named
+
+
+def check_placement(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Checks the arguments of a pipeline's `to`; returns the keywords with a dtype's name made a dtype."""
+    device = kwargs.get("device", args[0] if args else None)
+    if device is not None and not isinstance(device, torch.dtype):
+        check_device(device)
+    dtype = kwargs.get("dtype")
+    return kwargs if dtype is None else {**kwargs, "dtype": check_dtype(dtype)}
 
 
 def finish_folder(folder: Path) -> None:

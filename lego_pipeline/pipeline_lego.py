@@ -87,6 +87,8 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
 
     model_cpu_offload_seq = "vlm->text_encoder->projector->unet->vae"
     _optional_components = ["vlm", "vlm_processor"]
+    # Sequential offload moves a layer when it is called, and torch's attention reads its output layer uncalled.
+    _exclude_from_cpu_offload = ["projector"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
 
     def __init__(
@@ -138,7 +140,8 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             vlm_dropout=vlm_dropout,
             frame_statistics=frame_statistics,
         )
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # Without a VAE, as where only the text is encoded, the factor of Stable Diffusion.
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self._interrupt = False
 
     # --- Loading and saving ---------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         path = os.fspath(pretrained_model_name_or_path)
         dtype_name = "torch_dtype" if "torch_dtype" in kwargs else "dtype"
         kwargs[dtype_name] = loading.check_dtype(kwargs.get(dtype_name) or torch.float32)
-        if os.path.isdir(path) or os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
+        if loading.is_local(path):
             components = [name for name in cls._get_signature_keys(cls)[0] if name in kwargs]
             loading.check_folder(Path(path), kwargs.get("variant"), components)
             return super().from_pretrained(path, **kwargs)
@@ -183,24 +186,20 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             *args, **kwargs: of `DiffusionPipeline.save_pretrained`.
         """
         push_to_hub = kwargs.pop("push_to_hub", False)
-        hub = {
-            name: kwargs.pop(name) for name in ("commit_message", "private", "create_pr", "token") if name in kwargs
-        }
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        hub = {name: kwargs.pop(name) for name in loading.HUB_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         loading.finish_folder(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`, with an error that lists what is possible for an unknown device.
+        """As `DiffusionPipeline.to`; a dtype may be a name, and an unknown device or dtype is told what is known.
 
         Raises:
-            ValueError: the device is unknown to torch or isn't there.
+            ValueError: the device is unknown to torch or isn't there, the dtype is unknown.
         """
-        device = kwargs.get("device", args[0] if args else None)
-        if device is not None and not isinstance(device, torch.dtype):
-            loading.check_device(device)
+        kwargs = loading.check_placement(args, kwargs)
         return super().to(*args, **kwargs)
 
     # --- State of a running call ----------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             (B, 77, C) float.
         """
         texts = checks.as_list(prompt)
-        length = self._text_length
+        length = self.text_length
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         offsets = self.tokenizer(texts, return_offsets_mapping=True, verbose=False).offset_mapping
         for text, spans in zip(texts, offsets, strict=True):
@@ -323,12 +322,12 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
 
         Source: paper section 3.3; `BolinLai/LEGO: stable_diffusion/ldm/models/diffusion/ddpm_egogen.py`.
         """
-        enhancements = checks.as_list(enhancement)
-        if (enhancements is None) == (description is None):
+        if (enhancement is None) == (description is None):
             raise ValueError("`enhancement` or `description` must be given, and only one of them.")
         null_condition = self.encode_null_condition(negative_prompt)
-        if enhancements is None:
-            return self.projector(self.encode_prompt(description)), null_condition
+        if description is not None:
+            return self.projector(self.encode_prompt(description).to(self.projector.dtype)), null_condition
+        enhancements = checks.as_list(enhancement) or []
         device, dtype = self._execution_device, self.projector.dtype
         enhancements = [item.to(device, dtype) for item in enhancements]
         checks.warn_of_unknown_frames(self.config.frame_statistics, enhancements)
@@ -445,15 +444,13 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         step_arguments = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in step_arguments}
 
-        tensors = {
+        tensors: dict[str, Any] = {
             "prompt_embeds": condition,
             "negative_prompt_embeds": null_condition,
             "image_latents": image_latents,
         }
         tensors = {k: v if v is None else v.to(device, dtype) for k, v in tensors.items()}
-        stacks: dict[
-            tuple[str, ...], tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # plan -> its conditions, its image parts
+        stacks: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # by plan of passes
         with reuse_keys_values(self.unet) as memory, self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
@@ -597,6 +594,8 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             raise ValueError("`action` and its synonym `prompt` must not both be given; pass `action`.")
         action = prompt if action is None else action
         frames = None if image is None else images.to_frames(image)
+        # diffusers' callback classes name the tensors that they want
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         sizes = self.check_inputs(
             frames,
             action=action,
@@ -613,7 +612,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             negative_prompt_embeds=negative_prompt_embeds,
             output_size=output_size,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=tensor_inputs,
             image_latents=image_latents,
         )
         batch_size, per_sample = len(sizes), num_images_per_prompt
@@ -635,7 +634,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         descriptions = texts if enhancements is None else [item.description for item in enhancements]
         if prompt_embeds is not None:
             condition, null_condition, descriptions = prompt_embeds, negative_prompt_embeds, None
-            if null_condition is None and prompt_embeds.shape[1] == self.condition_length:
+            if null_condition is None and prompt_embeds.shape[1] == checks.condition_length(self):
                 null_condition = self.encode_null_condition(negative_prompt)
         else:
             if enhancements is None and not self.config.vlm_dropout:
@@ -678,7 +677,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
                 eta=eta,
                 cross_attention_kwargs=cross_attention_kwargs,
                 callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                callback_on_step_end_tensor_inputs=tensor_inputs,
             )
             output_sizes = None if frame_sizes is None else [frame_sizes[owner] for owner in owners]
             for row, output in zip(rows, self.decode(generated, output_type, output_sizes), strict=True):
@@ -713,15 +712,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
     # --- Small parts ----------------------------------------------------------------------------------------------
 
     @property
-    def _text_length(self) -> int:
+    def text_length(self) -> int:
         """Tokens that the text tower reads, 77 in every CLIP."""
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-
-    @property
-    def condition_length(self) -> int:
-        """L of the sequences that `encode_condition` makes."""
-        config = self.projector.config
-        return self._text_length + config.num_image_tokens + config.num_text_tokens
 
     def _with_defaults(self, **given: Any) -> dict[str, Any]:
         """Arguments of a call, those that are None taken from the checkpoint's config."""
@@ -732,8 +725,9 @@ def _description_generators(generator: Generators, count: int) -> list[torch.Gen
     """One generator per sample, seeded from a look ahead into the given ones, which are not advanced."""
     if generator is None:
         return None
-    sources = generator if isinstance(generator, list) else [generator.clone_state()] * count
     if isinstance(generator, list):
-        sources = [source.clone_state() for source in sources]
-    seeds = [torch.randint(2**62, (1,), generator=source, device=source.device).item() for source in sources]
+        sources = [source.clone_state() for source in generator]
+    else:
+        sources = [generator.clone_state()] * count
+    seeds = [int(torch.randint(2**62, (1,), generator=source, device=source.device)) for source in sources]
     return [torch.Generator().manual_seed(seed) for seed in seeds]

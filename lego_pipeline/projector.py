@@ -10,6 +10,7 @@ Letters: B batch, N_i VLM image tokens, T VLM text states, N_t text states kept,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -54,6 +55,19 @@ class LegoProjector(ModelMixin, ConfigMixin):
             cross_attention_dim, num_heads, feed_forward_dim, dropout, batch_first=True, norm_first=True
         )
         self.text_mixer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+
+    def enable_group_offload(self, onload_device: torch.device, **kwargs: Any) -> None:
+        """As `ModelMixin.enable_group_offload`, with the whole projector as one group.
+
+        Torch's attention reads the weights of its output layer without calling it, so that layer can't wait for a call
+        of its own, as `offload_type="leaf_level"` would have it.
+
+        Args:
+            onload_device: where the projector computes.
+            **kwargs: of `ModelMixin.enable_group_offload`; `offload_type` and `num_blocks_per_group` have no effect.
+        """
+        whole = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        super().enable_group_offload(onload_device, **{**kwargs, **whole})
 
     def forward(
         self,

@@ -10,9 +10,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 
@@ -33,6 +36,15 @@ def step_indices(step: int, batch_size: int, num_samples: int, seed: int) -> lis
         order = torch.randperm(num_samples, generator=generator)
         indices += order[offset : offset + batch_size - len(indices)].tolist()
     return indices
+
+
+class ResumableEma(EMAModel):
+    """diffusers' average of weights that stays on its device when accelerate, which loads to the CPU, restores it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        device = self.shadow_params[0].device
+        super().load_state_dict(state_dict)
+        self.to(device)
 
 
 class ResumableSteps:
@@ -107,10 +119,13 @@ class ResumableSteps:
                 if self._count and self.step % self.log_every_steps == 0:
                     bar.set_postfix({name: f"{value:.4f}" for name, value in self._write_log().items()})
                 now = time.monotonic()
-                if now - last_saved > 60 * self.save_every_minutes and not self.finished:
+                save_due = now - last_saved > 60 * self.save_every_minutes and not self.finished
+                time_is_over = self.max_minutes > 0 and now - started > 60 * self.max_minutes
+                save_due, time_is_over = self._agreed(save_due, time_is_over)
+                if save_due:
                     self._save()
                     last_saved = now
-                if self.max_minutes and now - started > 60 * self.max_minutes:
+                if time_is_over:
                     break
         self._save()
 
@@ -131,6 +146,12 @@ class ResumableSteps:
         self.accelerator.log(averages, step=self.step)
         return averages
 
+    def _agreed(self, *decisions: bool) -> list[bool]:
+        """The main process's decisions, for all: clocks differ, but saving and stopping are done together."""
+        if self.accelerator.num_processes == 1:
+            return list(decisions)
+        return broadcast(torch.tensor(decisions, dtype=torch.uint8, device=self.accelerator.device)).bool().tolist()
+
     def _states(self) -> list[Path]:
         folder = self.output_dir / "state"
         return sorted(folder.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
@@ -147,7 +168,8 @@ class ResumableSteps:
             return
         unfinished = state.with_name(f"{state.name}.unfinished")
         if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for broken_off in unfinished.parent.glob("*.unfinished"):
+                shutil.rmtree(broken_off)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()

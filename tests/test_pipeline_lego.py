@@ -1,11 +1,13 @@
 """LegoPipeline on the tiny pipeline: stages, guidance and reuse against a plain loop, batches, outputs, callbacks."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.callbacks import PipelineCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
     StableDiffusionInstructPix2PixPipeline,
@@ -563,6 +565,18 @@ def test_the_callback_may_interrupt(tiny_pipeline, frame):
     assert steps == [0, 0, 1, 2]
 
 
+def test_a_callback_class_of_diffusers_names_its_own_tensors(tiny_pipeline, frame):
+    class Silence(PipelineCallback):
+        tensor_inputs = ["latents", "image_latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert sorted(callback_kwargs) == ["image_latents", "latents"]
+            return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+
+    result = tiny_pipeline(frame, ACTION, callback_on_step_end=Silence(cutoff_step_ratio=1.0), output_type="latent")
+    assert not result.images.any()
+
+
 def test_an_unknown_callback_tensor_is_refused_with_the_known_ones(tiny_pipeline, frame):
     with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` must be one of 'latents'"):
         tiny_pipeline(frame, ACTION, callback_on_step_end_tensor_inputs=["noise"])
@@ -635,6 +649,13 @@ def test_offloading_without_an_accelerator_says_so(tiny_pipeline):
     assert tiny_pipeline.model_cpu_offload_seq == "vlm->text_encoder->projector->unet->vae"
     with pytest.raises(RuntimeError, match="requires accelerator"):
         tiny_pipeline.enable_model_cpu_offload()
+
+
+def test_xformers_where_it_is_missing_says_how_to_get_it(tiny_pipeline):
+    if importlib.util.find_spec("xformers") is not None:
+        pytest.skip("xformers is installed")
+    with pytest.raises(ModuleNotFoundError, match="xformers"):
+        tiny_pipeline.enable_xformers_memory_efficient_attention()
 
 
 def test_from_pipe_goes_to_instruct_pix2pix_and_back(make_tiny_pipeline, frame):

@@ -3,8 +3,8 @@
     accelerate launch train/cache_embeddings.py --data DATA --vlm runs/vlm/vlm --cache runs/cache
 
 Every row has a seed of its own, so its description depends neither on the batch nor on the number of processes, which
-share the rows. What the cache has is skipped: a second run makes no VLM call. `pairs-SPLIT-*.pairs` (parquet) in the cache
-says which entries belong to which row; `train_ldm.py` reads it.
+share the rows. What the cache has is skipped: a second run makes no VLM call. `pairs-SPLIT-*.pairs` (parquet) in the
+cache says which entries belong to which row; `train_ldm.py` reads it.
 """
 
 import hashlib
@@ -73,7 +73,9 @@ def main(config: CacheEmbeddingsConfig) -> None:
             text_key(frame, question, seed=seed, **settings)
             for frame, question, seed in zip(frame_keys, questions, seeds, strict=True)
         ]
-        new = [i for i, keys in enumerate(zip(frame_keys, text_keys, strict=True)) if not all(k in cache for k in keys)]
+        new = [
+            i for i, keys in enumerate(zip(frame_keys, text_keys, strict=True)) if not all(k in cache for k in keys)
+        ]
         if new:
             images, asked = [batch[i]["image_0"] for i in new], [questions[i] for i in new]
             generators = [torch.Generator().manual_seed(seeds[i]) for i in new]
@@ -92,7 +94,9 @@ def main(config: CacheEmbeddingsConfig) -> None:
     for old in config.cache.glob(f"pairs-{config.split}-*.pairs") if accelerator.is_main_process else ():
         if not old.stem.endswith(f"of-{accelerator.num_processes:03d}"):
             old.unlink()
-    pq.write_table(table, config.cache / f"{name}.pairs")
+    unfinished = config.cache / f".{name}.tmp"
+    pq.write_table(table, unfinished)
+    unfinished.replace(config.cache / f"{name}.pairs")
     accelerator.wait_for_everyone()
     logger.info("process %d: %d rows, %d computed now", accelerator.process_index, len(ids), computed)
 

@@ -1,4 +1,4 @@
-"""Train LEGO's latent diffusion model: UNet and projector on pairs, descriptions and VLM embeddings (paper section 3.3).
+"""Train LEGO's latent diffusion model: UNet and projector on pairs, descriptions and embeddings (paper section 3.3).
 
     accelerate launch train/train_ldm.py --data DATA --cache runs/cache --pipeline START --output-dir runs/ldm
 
@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -31,7 +30,7 @@ from lego_pipeline.conditioning import drop_conditions
 from lego_pipeline.config import parse_config, to_yaml
 from lego_pipeline.data.embedding_cache import EmbeddingCache
 from lego_pipeline.data.manifest import read_manifest
-from lego_pipeline.training import ResumableSteps
+from lego_pipeline.training import ResumableEma, ResumableSteps
 
 logger = logging.getLogger("train_ldm")
 
@@ -110,11 +109,18 @@ def box_weights(boxes: list[list[dict]], height: int, width: int, weight: float)
 class PairTensors:
     """Frozen inputs of training, computed once for every row: latents, text encodings, VLM embeddings, weights."""
 
-    def __init__(self, pipeline: LegoPipeline, rows: Dataset, config: TrainLdmConfig, device: torch.device, split: str):
+    def __init__(
+        self, pipeline: LegoPipeline, rows: Dataset, config: TrainLdmConfig, device: torch.device, split: str
+    ):
         self.rows, self.device = rows, device
         memo = config.output_dir / f"latents-{split}.pt"
         if memo.exists():
             self.latents, self.target_std = torch.load(memo, weights_only=True)
+            if len(self.latents) != len(rows):
+                raise ValueError(
+                    f"{memo} must hold the latents of {len(rows)} pairs, got {len(self.latents)}; "
+                    "the data changed: delete the file, or start in another `output_dir`."
+                )
         else:
             self.latents, self.target_std = self._encode_frames(pipeline)
             unfinished = memo.with_suffix(".tmp")
@@ -198,7 +204,9 @@ def _entries(cache: Path, split: str) -> dict[str, tuple[str, str]]:
     return entries
 
 
-def diffusion_target(prediction_type: str, clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def diffusion_target(
+    prediction_type: str, clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor
+) -> torch.Tensor:
     """What the UNet should predict, for x_t = sqrt(alpha) clean + sqrt(1 - alpha) noise; alpha (B, 1, 1, 1)."""
     targets = {
         "epsilon": noise,
@@ -237,14 +245,14 @@ def main(config: TrainLdmConfig) -> None:
             validation = PairTensors(pipeline, rows, config, device, config.validation_split)
     denoiser = Denoiser(pipeline.unet, pipeline.projector)
     denoiser.dropout = config.condition_dropout
-    pipeline.projector.requires_grad_(not config.freeze_projections)
+    pipeline.projector.requires_grad_(config.cache is not None and not config.freeze_projections)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     denoiser.to(device)
-    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = ResumableEma(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     accelerator.register_for_checkpointing(ema, schedule)
     if accelerator.is_main_process:
@@ -258,7 +266,9 @@ def main(config: TrainLdmConfig) -> None:
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.float()
     scaling_factor = pipeline.vae.config.scaling_factor
 
-    def loss_of(tensors: PairTensors, indices: list[int], timesteps: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def loss_of(
+        tensors: PairTensors, indices: list[int], timesteps: torch.Tensor, draws: torch.Tensor
+    ) -> torch.Tensor:
         no_vlm = torch.rand(len(indices)) < (config.vlm_dropout if model.training else 0)
         use_label = no_vlm & (torch.rand(len(indices)) < 0.5)
         batch = tensors.batch(indices, draws, use_label)
@@ -313,7 +323,7 @@ def main(config: TrainLdmConfig) -> None:
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:
         ema.copy_to(denoiser.parameters())
-        pipeline.register_to_config(vlm_dropout=config.vlm_dropout > 0)
+        pipeline.register_to_config(vlm_dropout=config.cache is None or config.vlm_dropout > 0)
         pipeline.to("cpu").save_pretrained(config.output_dir / "pipeline")
         state = {"step": steps.step, "finished": steps.finished}
         (config.output_dir / "report.json").write_text(json.dumps(state, indent=1))

@@ -1,4 +1,4 @@
-"""Visual instruction tuning of the VLM: (frame, question about the action) -> detailed description (paper section 3.1).
+"""Visual instruction tuning of the VLM: (frame, question about the action) -> description (paper section 3.1).
 
     accelerate launch train/tune_vlm.py --data DATA --vlm VLM_FOLDER --output-dir runs/vlm
 
@@ -59,6 +59,11 @@ def main(config: TuneVlmConfig) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     rows = read_manifest(config.data, config.split)
     rows = rows.select_columns(["image_0", "action", "description"])
+    lacking = sum(not description for description in rows["description"][:])
+    if lacking:
+        raise ValueError(
+            f"`data` must have a description in every row, {config.data} lacks {lacking}; write them first."
+        )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     processor = AutoProcessor.from_pretrained(config.vlm)
     vlm = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=torch.float32)

@@ -9,9 +9,12 @@ The device is found by accelerate.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +96,15 @@ class Chain:
             self.call(*arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.config.seed))
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.rename(folder)
+
+
 def start_vlm(run: Path, data: Path) -> None:
     """LLaVA around the trained vision tower, before tuning."""
     rows = read_split(data, "train")
@@ -100,8 +112,9 @@ def start_vlm(run: Path, data: Path) -> None:
     torch.manual_seed(0)
     tower = CLIPVisionModel.from_pretrained(run / "clip" / "vision_tower")
     vlm, processor = build_vlm([*rows["description"][:], *questions], tower)
-    vlm.save_pretrained(run / "vlm_start")
-    processor.save_pretrained(run / "vlm_start")
+    with whole_folder(run / "vlm_start") as folder:
+        vlm.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def frame_statistics(cache: Path) -> dict[str, list[float] | float]:
@@ -144,7 +157,8 @@ def start_pipeline(run: Path) -> None:
         temperature=0.2,
         frame_statistics=frame_statistics(run / "cache"),
     )
-    pipeline.save_pretrained(run / "start")
+    with whole_folder(run / "start") as folder:
+        pipeline.save_pretrained(folder)
 
 
 def export(run: Path, folder: Path) -> None:
@@ -168,7 +182,7 @@ def main(config: TrainKitchenConfig) -> None:
         clip = ("-m", "examples.kitchen.train_clip", "--data", data, "--max-steps", str(config.clip_steps))
         chain.train("vae", *vae)
         chain.train("clip", *clip)
-        if not (run / "vlm_start" / "config.json").exists():
+        if not (run / "vlm_start").exists():
             start_vlm(run, data)
         chain.train(
             "vlm",
@@ -181,7 +195,7 @@ def main(config: TrainKitchenConfig) -> None:
                 *("train/cache_embeddings.py", "--data", data / split, "--split", split, "--batch-size", "64"),
                 *("--vlm", run / "vlm" / "vlm", "--cache", run / "cache", "--max-new-tokens", "48"),
             )
-        if not (run / "start" / "model_index.json").exists():
+        if not (run / "start").exists():
             start_pipeline(run)
         chain.train(
             "ldm",

@@ -98,21 +98,25 @@ def main(config: TrainClipConfig) -> None:
         optimizer.zero_grad()
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(clip).eval()
+        clip = accelerator.unwrap_model(clip).eval()
         for part, tower in (("text_encoder", CLIPTextModel), ("vision_tower", CLIPVisionModel)):
-            trained = model.text_model if part == "text_encoder" else model.vision_model
+            trained = clip.text_model if part == "text_encoder" else clip.vision_model
             copy = tower(trained.config)
             copy.load_state_dict(trained.state_dict())
             copy.save_pretrained(config.output_dir / part)
         save_clip_tokenizer(tokenizer, config.output_dir / "tokenizer")
-        held_out = read_split(config.data, "val").select(range(300))
+        held_out = read_split(config.data, "val")
+        held_out = held_out.select(range(min(len(held_out), 300)))
         frames = load_frames(held_out)
-        names = sorted(set(labels) & set(held_out["action"][:]))
-        known = [i for i, action in enumerate(held_out["action"][:]) if action in names]
-        with torch.no_grad():
-            scores = similarity(known, [1] * len(known), names)
-        right = [names[k] == held_out[i]["action"] for i, k in zip(known, scores.argmax(1).tolist(), strict=True)]
-        report = {"step": steps.step, "finished": steps.finished, "target_frame_names_its_action": sum(right) / len(right)}
+        asked = held_out["action"][:]
+        names = sorted(set(labels) & set(asked))
+        known = [i for i, action in enumerate(asked) if action in names]
+        report: dict[str, int | bool | float] = {"step": steps.step, "finished": steps.finished}
+        if known:
+            with torch.no_grad():
+                scores = similarity(known, [1] * len(known), names)
+            right = [names[k] == asked[i] for i, k in zip(known, scores.argmax(1).tolist(), strict=True)]
+            report["target_frame_names_its_action"] = sum(right) / len(right)
         (config.output_dir / "report.json").write_text(json.dumps(report, indent=1))
         print(json.dumps(report))
 

@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from examples.kitchen.components import build_vae
 from examples.kitchen.frames import load_frames, load_masks, psnr, read_split, to_unit
 from lego_pipeline.config import parse_config
-from lego_pipeline.training import ResumableSteps
+from lego_pipeline.training import ResumableEma, ResumableSteps
 
 
 @dataclass(kw_only=True)
@@ -75,7 +74,7 @@ def main(config: TrainVaeConfig) -> None:
         "cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
     decoder, optimizer = accelerator.prepare(vae.decoder, optimizer)
-    ema = EMAModel(vae.decoder.parameters(), decay=config.ema_decay)
+    ema = ResumableEma(vae.decoder.parameters(), decay=config.ema_decay)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema, schedule)
     vae.encoder.to(accelerator.device)
@@ -105,10 +104,12 @@ def main(config: TrainVaeConfig) -> None:
     if accelerator.is_main_process:
         ema.copy_to(vae.decoder.parameters())
         vae.to("cpu").save_pretrained(config.output_dir / "vae")
-        held_out = read_split(config.data, "val").select(range(100))
+        held_out = read_split(config.data, "val")
+        held_out = held_out.select(range(min(len(held_out), 100)))
         pictures = load_frames(held_out)[:, 1]
         report = evaluate(vae, pictures, load_masks(held_out, *pictures.shape[-2:])[:, 1])
-        (config.output_dir / "report.json").write_text(json.dumps({"step": steps.step, "finished": steps.finished, **report}, indent=1))
+        report = {"step": steps.step, "finished": steps.finished, **report}
+        (config.output_dir / "report.json").write_text(json.dumps(report, indent=1))
         print(json.dumps(report))
 
 

@@ -55,6 +55,28 @@ class Enhancement:
             return cls(metadata["description"], file.get_tensor("image_embeds"), file.get_tensor("text_embeds"))
 
 
+def wake(model: torch.nn.Module) -> torch.device:
+    """Device on which a model computes, with its weights brought there if it is offloaded as a whole.
+
+    Offloading waits for a model to be called, while transformers' `generate` calls a VLM's vision tower before the
+    VLM itself. Weights that are offloaded layer by layer stay where they are: each layer waits for its own call.
+    """
+    device = None
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)  # of accelerate: model and sequential offload
+        registry = getattr(module, "_diffusers_hook", None)
+        group_hook = None if registry is None else registry.get_hook("group_offloading")
+        if device is None and getattr(hook, "execution_device", None) is not None:
+            device = torch.device(hook.execution_device)
+        if device is None and group_hook is not None:
+            device = torch.device(group_hook.config.onload_device)
+        if module is model:
+            for own in (hook, group_hook):
+                if own is not None:
+                    own.pre_forward(model)
+    return next(model.parameters()).device if device is None else device
+
+
 class VlmFamily(Protocol):
     """The functions of a family module, e.g. `lego_pipeline.vlm.llava`."""
 

@@ -16,7 +16,7 @@ import PIL.Image
 import torch
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from lego_pipeline.vlm.base import Enhancement
+from lego_pipeline.vlm.base import Enhancement, wake
 
 
 class SampleByGumbelNoise(LogitsProcessor):
@@ -29,7 +29,7 @@ class SampleByGumbelNoise(LogitsProcessor):
     def __init__(self, generators: Sequence[torch.Generator], temperature: float, top_k: int):
         self.generators, self.temperature, self.top_k = generators, temperature, top_k
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.float() / self.temperature  # (B, V)
         if self.top_k and self.top_k < scores.shape[-1]:
             lowest = scores.topk(self.top_k, dim=-1).values[:, -1:]
@@ -95,7 +95,7 @@ def generate(
     Returns:
         B stripped texts without special tokens.
     """
-    inputs = prompt_inputs(processor, images, questions)
+    inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
     tokenizer = processor.tokenizer
     ids, mask = pad_sequences([item["input_ids"][0] for item in inputs], tokenizer.pad_token_id, "left")
     processors = LogitsProcessorList()
@@ -104,9 +104,9 @@ def generate(
         own = [generator or _fresh_generator() for generator in given]
         processors.append(SampleByGumbelNoise(own, temperature, top_k))
     sequences = vlm.generate(
-        input_ids=ids.to(vlm.device),
-        attention_mask=mask.to(vlm.device),
-        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(vlm.device, vlm.dtype),
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(device, vlm.dtype),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         temperature=None,
@@ -137,16 +137,18 @@ def embed(
         B enhancements with `image_embeds` (N_i, D) and `text_embeds` (T, D) on the VLM's device, where T counts the
         answer's tokens with the end token.
     """
-    inputs = prompt_inputs(processor, images, questions)
+    inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
     answers = [torch.tensor(answer_ids(processor, description)) for description in descriptions]
     rows = [torch.cat([item["input_ids"][0], answer]) for item, answer in zip(inputs, answers, strict=True)]
     ids, mask = pad_sequences(rows, processor.tokenizer.pad_token_id, "right")
-    output = vlm.model(
-        input_ids=ids.to(vlm.device),
-        attention_mask=mask.to(vlm.device),
-        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(vlm.device, vlm.dtype),
+    output = vlm(  # not `vlm.model`, whose call an offloaded VLM wouldn't notice
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(device, vlm.dtype),
+        output_hidden_states=True,
+        logits_to_keep=1,
     )
-    states = output.last_hidden_state  # (B, L, D), after the final norm
+    states = output.hidden_states[-1]  # (B, L, D), after the final norm
     image_embeds = output.image_hidden_states.reshape(len(images), -1, states.shape[-1])  # (B, N_i, D)
     enhancements = []
     for i, (item, answer) in enumerate(zip(inputs, answers, strict=True)):
