@@ -75,10 +75,13 @@ def main(config: KitchenShapesConfig) -> None:
     rows = read_split(config.data, "val").select(range(config.frames))
     pictures = load_frames(rows)[:, 1]
     frames, masks = to_unit(pictures), load_masks(rows, *pictures.shape[-2:])[:, 1]
-    speeds = {candidate: samples_per_second(candidate[0] // candidate[1], candidate[2], config) for candidate in CANDIDATES}
+    speeds = {
+        candidate: samples_per_second(candidate[0] // candidate[1], candidate[2], config) for candidate in CANDIDATES
+    }
     slowest = min(speeds.values())
     print(f"{torch.get_num_threads()} threads, batch {config.batch_size}; slowest {slowest:.1f} samples/s")
-    print("| frame | factor | channels | grid | linear PSNR whole | in boxes | training speed |\n|---|---|---|---|---|---|---|")
+    print("| frame | factor | channels | grid | linear PSNR whole | in boxes | training speed |")
+    print("|---|---|---|---|---|---|---|")
     for (size, factor, channels), speed in speeds.items():
         output = linear_reconstruction(resized(train, size), resized(frames, size), factor, channels)
         output = resized(output, frames.shape[-1])

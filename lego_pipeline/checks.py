@@ -235,7 +235,7 @@ def check_texts(name: str, texts: Any, may_be_empty: bool = False) -> None:
     for text in as_list(texts) or []:
         if not isinstance(text, str):
             raise TypeError(f"`{name}` must be a string or a list of strings, got {type(text).__name__}.")
-        if not may_be_empty and not text.strip():
+        if not may_be_empty and not any(character.isalnum() for character in text):
             raise ValueError(f'`{name}` must say something, got {text!r}; pass for instance "open drawer".')
 
 

@@ -5,7 +5,8 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -76,17 +77,34 @@ def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # ty: ignore[invalid-argument-type]
+    fields = [field.name for field in dataclasses.fields(config_class)]  # ty: ignore[invalid-argument-type]
+    hints = get_type_hints(config_class)
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(fields)}."
             raise ValueError(f"{path}: unknown setting `{key}`; {hint}")
-        if "Path" in str(fields[key].type) and isinstance(values[key], str):
-            values[key] = Path(values[key])
-        elif isinstance(values[key], list):
-            values[key] = tuple(values[key])
+        values[key] = _converted(values[key], hints[key], f"{path}: `{key}`")
     return values
+
+
+def _converted(value: Any, hint: Any, name: str) -> Any:
+    """A value from YAML in the type of its field."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    kinds = [get_origin(member) or member for member in members]
+    if type(value) in kinds:
+        return value
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if tuple in kinds and isinstance(value, list):
+        return tuple(value)
+    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+        except ValueError:
+            pass
+    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def _without_checks(config_class: type[Config], values: dict[str, Any]) -> Config:

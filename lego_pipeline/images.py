@@ -54,7 +54,7 @@ def read_image(path: str | Path) -> PIL.Image.Image:
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"image {path} must have fewer than 179 megapixels, {error}; make it smaller.") from error
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} must be complete, got: {error}; copy or download it again.") from error
+        raise ValueError(f"image {path} must be readable, got: {error}; copy or download it again.") from error
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -69,7 +69,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"`image` must be complete, got: {error}; copy or download it again.") from error
+        name = getattr(image, "filename", "") or "image"
+        raise ValueError(f"`{name}` must be complete, got: {error}; copy or download it again.") from error
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image

@@ -288,7 +288,15 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
 
         Returns:
             (B, 77, C) float.
+
+        Raises:
+            ValueError: the pipeline has no text encoder or no tokenizer.
         """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                "`encode_prompt` must have a text encoder and its tokenizer, got a pipeline without; load the "
+                "checkpoint with both, or pass `prompt_embeds` and `negative_prompt_embeds`."
+            )
         texts = checks.as_list(prompt)
         length = self.text_length
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -714,6 +722,8 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
     @property
     def text_length(self) -> int:
         """Tokens that the text tower reads, 77 in every CLIP."""
+        if self.tokenizer is None or self.text_encoder is None:
+            return 77
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def _with_defaults(self, **given: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ that is saved, trained and averaged together with the UNet.
 Letters: B batch, N_i VLM image tokens, T VLM text states, N_t text states kept, D VLM width, C cross-attention width.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,18 +57,19 @@ class LegoProjector(ModelMixin, ConfigMixin):
         )
         self.text_mixer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
 
-    def enable_group_offload(self, onload_device: torch.device, **kwargs: Any) -> None:
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.enable_group_offload`, with the whole projector as one group.
 
         Torch's attention reads the weights of its output layer without calling it, so that layer can't wait for a call
         of its own, as `offload_type="leaf_level"` would have it.
 
         Args:
-            onload_device: where the projector computes.
-            **kwargs: of `ModelMixin.enable_group_offload`; `offload_type` and `num_blocks_per_group` have no effect.
+            *args, **kwargs: of `ModelMixin.enable_group_offload`; `offload_type` and `num_blocks_per_group` have no
+                effect.
         """
-        whole = {"offload_type": "block_level", "num_blocks_per_group": 1}
-        super().enable_group_offload(onload_device, **{**kwargs, **whole})
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        given.update(offload_type="block_level", num_blocks_per_group=1)
+        super().enable_group_offload(**given)
 
     def forward(
         self,

@@ -143,6 +143,14 @@ def test_a_truncated_file_is_named(tmp_path, pixels, suffix):
         images.read_image(path)
 
 
+def test_an_image_that_was_opened_and_is_truncated_is_named(tmp_path, pixels):
+    path = tmp_path / "cut.jpg"
+    PIL.Image.fromarray(pixels).resize((200, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with PIL.Image.open(path) as image, pytest.raises(ValueError, match=r"cut\.jpg` must be complete"):
+        images.to_frames(image)
+
+
 @pytest.mark.parametrize(
     "image",
     [PIL.Image.new("RGB", (1, 1)), np.zeros((1, 1, 3), np.uint8), torch.zeros(3, 1, 1), PIL.Image.new("L", (7, 900))],

@@ -115,7 +115,7 @@ def test_a_process_that_imported_nothing_loads_it_by_custom_pipeline(half_folder
     if offline:
         environment["HF_HUB_OFFLINE"] = offline
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == "lego_pipeline.pipeline_lego {'torch.float32'}"

@@ -283,16 +283,16 @@ def main(config: TrainLdmConfig) -> None:
         return (error * batch["weights"]).sum() / batch["weights"].sum()
 
     @torch.no_grad()
-    def validate() -> float:
+    def validate(tensors: PairTensors) -> float:
         """Loss on held-out pairs with fixed noise and timesteps and without dropout."""
         model.eval()
         losses = []
         with torch.random.fork_rng(devices=[]):
-            for start in range(0, len(validation.rows), 32):
-                indices = list(range(start, min(start + 32, len(validation.rows))))
+            for start in range(0, len(tensors.rows), 32):
+                indices = list(range(start, min(start + 32, len(tensors.rows))))
                 torch.manual_seed(start)
                 timesteps = draw_timesteps(len(indices), alphas_cumprod, config)
-                losses.append(float(loss_of(validation, indices, timesteps, torch.ones(len(indices)))))
+                losses.append(float(loss_of(tensors, indices, timesteps, torch.ones(len(indices)))))
         model.train()
         return sum(losses) / len(losses)
 
@@ -311,7 +311,7 @@ def main(config: TrainLdmConfig) -> None:
     for step, indices in steps:
         if validation is not None and step % config.validate_every_steps == 0 and accelerator.is_main_process:
             with open(config.output_dir / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "loss": validate()}) + "\n")
+                file.write(json.dumps({"step": step, "loss": validate(validation)}) + "\n")
         timesteps = draw_timesteps(len(indices), alphas_cumprod, config)
         loss = loss_of(train, indices, timesteps, torch.rand(len(indices)))
         accelerator.backward(loss)

@@ -62,7 +62,10 @@ def draw_curves(curves: dict[str, list[tuple[float, float]]], size: tuple[int, i
 def results_table(results: dict) -> str:
     """Markdown table of PSNR with intervals."""
     regions = list(next(iter(results["psnr_db"].values())))
-    lines = [f"| PSNR in dB, {results['pairs']} held-out pairs | {' | '.join(regions)} |", "|---|" + "---|" * len(regions)]
+    lines = [
+        f"| PSNR in dB, {results['pairs']} held-out pairs | {' | '.join(regions)} |",
+        "|---|" + "---|" * len(regions),
+    ]
     for name, values in results["psnr_db"].items():
         cells = [f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})" for value in values.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -106,6 +106,7 @@ def set_principal_components(vae: AutoencoderKL, frames: torch.Tensor) -> None:
     scale = features.std((0, 2, 3)).sqrt()  # halfway to unit variance: fine detail survives more of the noise
     matrix = downsamplers[-1].weight[:LATENT_CHANNELS] / scale[:, None, None, None]
     _make_linear(downsamplers[-1], encoder.conv_norm_out, encoder.conv_out, matrix, -mean / scale)
+    encoder.conv_out.weight[LATENT_CHANNELS:] = 0
     encoder.conv_out.bias[LATENT_CHANNELS:] = -12.0  # log variance: the encoder adds no noise to speak of
 
 
@@ -217,7 +218,9 @@ def build_clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1000) -> CLIPT
     learner.normalizer, learner.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters += [f"{letter}</w>" for letter in letters]
-    trainer = BpeTrainer(vocab_size=vocab_size - 2, end_of_word_suffix="</w>", initial_alphabet=letters[:256])
+    # As "special" tokens the letters get their numbers in this order; else those that end a word would be numbered in
+    # the order of a hash table, ties between merges fall differently in every run, and a resumed run would misread.
+    trainer = BpeTrainer(vocab_size=vocab_size - 2, end_of_word_suffix="</w>", special_tokens=letters)
     learner.train_from_iterator(corpus, trainer)
     learned = json.loads(learner.to_str())["model"]["merges"]
     merges = [tuple(merge) for merge in learned][: vocab_size - 2 - len(letters)]
@@ -265,7 +268,9 @@ def build_image_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size=size, do_center_crop=False)
 
 
-def build_vlm(corpus: Iterable[str], vision_tower: CLIPVisionModel) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build_vlm(
+    corpus: Iterable[str], vision_tower: CLIPVisionModel
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """LLaVA of about 4 M parameters around a trained vision tower, language model untrained; and its processor."""
     learner = Tokenizer(BPE(unk_token="<unk>"))
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

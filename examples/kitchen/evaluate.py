@@ -44,7 +44,8 @@ class EvaluateConfig:
 @torch.no_grad()
 def generate(pipeline: LegoPipeline, rows: Dataset, config: EvaluateConfig) -> tuple[torch.Tensor, list[str]]:
     """(N, 3, H, W) float generated frames in [-1, 1], and the N descriptions."""
-    pictures, descriptions = [], []
+    pictures: list[torch.Tensor] = []
+    descriptions: list[str] = []
     for start in tqdm(range(0, len(rows), config.batch_size), desc="generate"):
         batch = [rows[i] for i in range(start, min(start + config.batch_size, len(rows)))]
         result = pipeline(
@@ -56,8 +57,8 @@ def generate(pipeline: LegoPipeline, rows: Dataset, config: EvaluateConfig) -> t
             generator=[torch.Generator().manual_seed(config.seed + start + i) for i in range(len(batch))],
             output_type="pt",
         )
-        pictures.append(result.images * 2 - 1)
-        descriptions += result.descriptions
+        pictures.append(torch.as_tensor(result.images) * 2 - 1)
+        descriptions += result.descriptions or []
     return torch.cat(pictures), descriptions
 
 
@@ -66,7 +67,10 @@ def interval(values: torch.Tensor) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     choice = torch.randint(len(values), (1000, len(values)), generator=generator)
     means = values[choice].mean(1).sort().values
-    return {name: round(float(value), 3) for name, value in zip(("mean", "low", "high"), (values.mean(), means[25], means[974]), strict=True)}
+    return {
+        name: round(float(value), 3)
+        for name, value in zip(("mean", "low", "high"), (values.mean(), means[25], means[974]), strict=True)
+    }
 
 
 def main(config: EvaluateConfig) -> None:
@@ -93,7 +97,9 @@ def main(config: EvaluateConfig) -> None:
     results = {
         "pairs": len(rows),
         "split": config.split,
-        "settings": {name: getattr(config, name) for name in ("steps", "guidance_scale", "image_guidance_scale", "seed")},
+        "settings": {
+            name: getattr(config, name) for name in ("steps", "guidance_scale", "image_guidance_scale", "seed")
+        },
         "psnr_db": table,
         "nearer_to_the_target_than_the_input_inside_boxes": round(better.float().mean().item(), 3),
     }
@@ -101,10 +107,12 @@ def main(config: EvaluateConfig) -> None:
     print("| PSNR in dB (95 % interval) |", " | ".join(regions), "|")
     print("|---|" + "---|" * len(regions))
     for name, values in table.items():
-        print(f"| {name} |", " | ".join("{mean:.2f} ({low:.2f} to {high:.2f})".format(**v) for v in values.values()), "|")
+        print(
+            f"| {name} |", " | ".join("{mean:.2f} ({low:.2f} to {high:.2f})".format(**v) for v in values.values()), "|"
+        )
     if config.sheet:
         chosen = sorted(random.Random(config.seed).sample(range(len(rows)), min(config.sheet, len(rows))))
-        shown = images.from_model_output(generated[chosen], "pil")
+        shown = [images.to_pil((picture / 2 + 0.5).clamp(0, 1)) for picture in generated[chosen]]
         cards = [
             Card(
                 title=rows[i]["action"],

@@ -2,8 +2,8 @@
 
     python -m examples.kitchen.train --run-dir runs/kitchen --max-minutes 60
 
-Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and embeddings
--> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped; running this
+Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and
+embeddings -> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped; running this
 command again goes on with the first stage that is not finished. `--max-minutes` ends the slice, saved, wherever it is.
 The device is found by accelerate.
 """
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,13 @@ class Chain:
         report = self.run / folder / "report.json"
         while not (report.exists() and json.loads(report.read_text())["finished"]):
             limit = f"{self.minutes_left():.2f}"
-            self.call(*arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.config.seed))
+            self.call(
+                *arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.config.seed)
+            )
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Generator[Path]:
     """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -122,7 +124,9 @@ def frame_statistics(cache: Path) -> dict[str, list[float] | float]:
     import pyarrow.parquet as pq
 
     embeddings = EmbeddingCache(cache)
-    keys = sorted({key for file in cache.glob("pairs-train-*.pairs") for key in pq.read_table(file)["frame_key"].to_pylist()})
+    keys = sorted(
+        {key for file in cache.glob("pairs-train-*.pairs") for key in pq.read_table(file)["frame_key"].to_pylist()}
+    )
     pooled = torch.stack([embeddings.tensor(key).float().mean(0) for key in keys])
     mean, scale = pooled.mean(0), pooled.std(0)
     distance = ((pooled - mean) / scale).square().mean(1)
@@ -163,7 +167,9 @@ def start_pipeline(run: Path) -> None:
 
 def export(run: Path, folder: Path) -> None:
     """Writes the trained pipeline with the newest decoder in half precision."""
-    pipeline = LegoPipeline.from_pretrained(run / "ldm" / "pipeline", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae"))
+    pipeline = LegoPipeline.from_pretrained(
+        run / "ldm" / "pipeline", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae")
+    )
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
@@ -199,7 +205,15 @@ def main(config: TrainKitchenConfig) -> None:
             start_pipeline(run)
         chain.train(
             "ldm",
-            *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data, "--cache", run / "cache"),
+            *(
+                "train/train_ldm.py",
+                "--config",
+                "train/configs/kitchen.yaml",
+                "--data",
+                data,
+                "--cache",
+                run / "cache",
+            ),
             *("--pipeline", run / "start", "--max-steps", str(config.ldm_steps)),
         )
     except OutOfTime:

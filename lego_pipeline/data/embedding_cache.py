@@ -124,8 +124,9 @@ class EmbeddingCache:
         if not self._unwritten:
             return
         number = len(list(self.folder.glob(f"{self.prefix}-*.parquet")))
-        shard = self.folder / f"{self.prefix}-{number:06d}"
         keys = list(self._unwritten)
+        # Named by content, so that two runs with one prefix, on train and on val say, never write each other's files.
+        shard = self.folder / f"{self.prefix}-{number:06d}-{_digest(keys)[:8]}"
         kinds = ["text" if key in self._descriptions else "frame" for key in keys]
         index = pa.table({"key": keys, "kind": kinds, "description": [self._descriptions.get(key) for key in keys]})
         _write_atomically(shard.with_suffix(".safetensors"), lambda path: save_file(self._unwritten, path))

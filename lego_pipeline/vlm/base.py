@@ -30,7 +30,9 @@ class Enhancement:
 
     def to(self, *args: Any, **kwargs: Any) -> "Enhancement":
         """Same enhancement with both tensors moved as by `torch.Tensor.to`."""
-        return Enhancement(self.description, self.image_embeds.to(*args, **kwargs), self.text_embeds.to(*args, **kwargs))
+        return Enhancement(
+            self.description, self.image_embeds.to(*args, **kwargs), self.text_embeds.to(*args, **kwargs)
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, the description in its metadata."""

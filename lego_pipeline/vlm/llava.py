@@ -94,10 +94,14 @@ def generate(
 
     Returns:
         B stripped texts without special tokens.
+
+    Raises:
+        ValueError: a question leaves no room for the answer.
     """
     inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
     tokenizer = processor.tokenizer
     ids, mask = pad_sequences([item["input_ids"][0] for item in inputs], tokenizer.pad_token_id, "left")
+    _check_room(vlm, ids.shape[1], max_new_tokens)
     processors = LogitsProcessorList()
     if temperature > 0:
         given = list(generators or [None] * len(images))
@@ -136,10 +140,15 @@ def embed(
     Returns:
         B enhancements with `image_embeds` (N_i, D) and `text_embeds` (T, D) on the VLM's device, where T counts the
         answer's tokens with the end token.
+
+    Raises:
+        ValueError: a question and its description are longer than what the VLM reads.
     """
     inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
     answers = [torch.tensor(answer_ids(processor, description)) for description in descriptions]
     rows = [torch.cat([item["input_ids"][0], answer]) for item, answer in zip(inputs, answers, strict=True)]
+    for row, answer in zip(rows, answers, strict=True):
+        _check_room(vlm, len(row) - len(answer), len(answer))
     ids, mask = pad_sequences(rows, processor.tokenizer.pad_token_id, "right")
     output = vlm(  # not `vlm.model`, whose call an offloaded VLM wouldn't notice
         input_ids=ids.to(device),
@@ -185,6 +194,15 @@ def training_batch(
 def language_modules(vlm: Any) -> list[torch.nn.Module]:
     """The parts that instruction tuning trains: multimodal projector, language model and head."""
     return [vlm.model.multi_modal_projector, vlm.model.language_model, vlm.lm_head]
+
+
+def _check_room(vlm: Any, num_prompt: int, num_answer: int) -> None:
+    length = vlm.config.text_config.max_position_embeddings
+    if num_prompt + num_answer > length:
+        raise ValueError(
+            f"`action` and `description` must fit into the {length} tokens that the VLM reads, got {num_prompt} of "
+            f"frame and question and up to {num_answer} of the description; pass shorter texts."
+        )
 
 
 def _fresh_generator() -> torch.Generator:

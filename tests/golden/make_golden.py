@@ -1,0 +1,54 @@
+"""Makes the arrays of this folder: `python tests/golden/make_golden.py` from the root of the repository.
+
+They are made by this package's own code, after it was compared with the released code's arrays (see the parity tests
+in `tests/test_projector.py` and `tests/vlm/test_llava.py`), and keep its numbers from changing unnoticed. Run it again
+only when a change is meant to alter numbers, and say so in CHANGELOG.md.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lego_pipeline.projector import LegoProjector
+from lego_pipeline.vlm.llava import SampleByGumbelNoise
+
+FOLDER = Path(__file__).parent
+
+
+def projector_arrays() -> dict[str, np.ndarray]:
+    """A small projector: weights, inputs with a short and a long answer, condition and null condition."""
+    torch.manual_seed(0)
+    sizes = {"vlm_dim": 12, "cross_attention_dim": 8, "num_image_tokens": 3, "num_text_tokens": 5}
+    projector = LegoProjector(**sizes, num_layers=2, num_heads=2, feed_forward_dim=16).eval()
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too, which start at one and zero
+    tensors = {
+        "prompt_embeds": torch.randn(2, 7, 8),
+        "null_prompt_embeds": torch.randn(1, 7, 8),
+        "image_embeds": torch.randn(2, 3, 12),
+        "text_embeds_0": torch.randn(2, 12),
+        "text_embeds_1": torch.randn(9, 12),
+    }
+    with torch.no_grad():
+        texts = [tensors["text_embeds_0"], tensors["text_embeds_1"]]
+        tensors["condition"] = projector(tensors["prompt_embeds"], tensors["image_embeds"], texts)
+        tensors["null_condition"] = projector.null_condition(tensors["null_prompt_embeds"])
+    tensors |= {f"weights.{name}": tensor for name, tensor in projector.state_dict().items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()} | {
+        name: np.array(n) for name, n in sizes.items()
+    }
+
+
+def sampling_arrays() -> dict[str, np.ndarray]:
+    """Scores of three rows and the tokens that seeds 0, 1 and 2 choose in four steps at temperature 0.7, top 5."""
+    scores = torch.randn(4, 3, 20, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    sample = SampleByGumbelNoise(generators, temperature=0.7, top_k=5)
+    tokens = torch.stack([sample(torch.zeros(3, 1, dtype=torch.long), step).argmax(-1) for step in scores])
+    return {"scores": scores.numpy(), "tokens": tokens.numpy()}
+
+
+if __name__ == "__main__":
+    for name, arrays in {"projector": projector_arrays(), "sampling": sampling_arrays()}.items():
+        np.savez_compressed(FOLDER / f"{name}.npz", **arrays, torch_version=np.array(torch.__version__))

@@ -1,0 +1,94 @@
+"""The benchmarks: the comparison and the savings on the tiny pipeline, and the whole inference script (slow)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from benchmarks import inference
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def request_of_both(tiny_pipeline, make_frame) -> inference.Request:
+    return inference.make_request(tiny_pipeline, make_frame(48, 40), "The hand pulls the drawer.")
+
+
+def test_a_request_has_the_models_size_so_that_neither_pipeline_resizes(request_of_both):
+    assert request_of_both.frame.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.5), (7.5, 1.0)])
+def test_both_pipelines_give_the_same_images(request_of_both, scales):
+    comparison = inference.compare(request_of_both, steps=3, repeats=1, scales=scales)
+    assert comparison["image_deviation"] > 0.01  # not one grey for both
+    assert comparison["max_difference"] <= inference.LARGEST_DIFFERENCE
+
+
+def test_the_arithmetic_of_a_saving_is_the_share_of_passes(request_of_both):
+    rows = inference.savings(request_of_both, steps=4, repeats=1)
+    reuse, two_passes, one_pass, interval = (row["arithmetic"] for row in rows)
+    assert reuse > 1
+    assert two_passes == pytest.approx(3 / 2, rel=1e-3)
+    assert one_pass == pytest.approx(3, rel=1e-3)
+    assert interval == pytest.approx(3 / 2, rel=0.2)  # keys and values are computed for three passes in both
+    assert rows[0]["max_difference"] == 0
+
+
+def test_reuse_is_switched_off_for_the_block_only(tiny_pipeline):
+    before = tiny_pipeline.unet.attn_processors
+    with inference.without_reuse(tiny_pipeline.unet):
+        within = tiny_pipeline.unet.attn_processors.values()
+        assert {type(processor) for processor in within} == {inference.PlainAttnProcessor}
+    assert tiny_pipeline.unet.attn_processors == before
+
+
+def test_calls_are_measured_in_turn_after_one_run_each():
+    order = []
+    times = inference.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    assert order == ["a", "b"] * 3
+    assert [len(seconds.wall) for seconds in times.values()] == [2, 2]
+
+
+def test_a_ratio_is_the_median_of_its_pairs():
+    assert inference.ratios([2, 9, 4], [1, 3, 4]) == {"median": 2, "low": 1, "high": 3}
+
+
+def test_psnr_counts_the_pixels_inside_the_boxes_only():
+    truth = np.zeros((10, 10, 3), dtype=np.uint8)
+    picture = truth.copy()
+    picture[:5] = 51  # a fifth of the range
+    picture, truth = PIL.Image.fromarray(picture), PIL.Image.fromarray(truth)
+    lower = {"name": "drawer", "x0": 0.0, "y0": 0.5, "x1": 1.0, "y1": 1.0}
+    upper = {"name": "right hand", "x0": 0.0, "y0": 0.0, "x1": 0.3, "y1": 0.5}
+    assert inference.psnr(picture, truth, [upper]) == pytest.approx(20 * np.log10(5))
+    assert inference.psnr(picture, truth, [upper, lower]) == pytest.approx(20 * np.log10(5) + 10 * np.log10(65 / 15))
+
+
+def test_settings_out_of_range_name_themselves():
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
+        inference.InferenceConfig(repeats=0)
+
+
+@pytest.mark.slow
+def test_the_inference_benchmark_reports_its_bars(tiny_folder, tmp_path):
+    path = tmp_path / "inference.json"
+    arguments = ["--model", tiny_folder, "--steps", "6", "--repeats", "5", "--threads", "1", "--device", "cpu"]
+    arguments += ["--quality-pairs", "0", "--json", path]
+    command = [sys.executable, "benchmarks/inference.py", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bars = json.loads(path.read_text())["unets"][0]["bars"]
+    assert bars["max_difference"]["held"]
+    assert bars["memory_ratio"]["held"]
+    # The bar is 1.0, for a quiet machine and the embedded checkpoint; this UNet is so small that a call is mostly
+    # Python, and test machines are shared, so only a clear loss fails here.
+    assert bars["speed_ratio"]["measured"] >= 0.9
+    assert "| UNet, steps | saving | speed | processor time | arithmetic |" in done.stdout
