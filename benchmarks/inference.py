@@ -461,14 +461,19 @@ def bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The bars of the comparison: what was measured, the bar, and whether it is held."""
     comparison = result["against_instruct_pix2pix"]
     difference, memory = comparison["max_difference"], comparison["memory"]["ratio"]
-    wall = comparison["speed_ratio"]["wall"]["median"]
+    wall, processor = (comparison["speed_ratio"][clock]["median"] for clock in ("wall", "processor"))
     return {
         "max_difference": {
             "measured": difference,
             "at_most": LARGEST_DIFFERENCE,
             "held": difference <= LARGEST_DIFFERENCE,
         },
-        "speed_ratio": {"measured": wall, "at_least": SMALLEST_SPEED_RATIO, "held": wall >= SMALLEST_SPEED_RATIO},
+        "speed_ratio": {
+            "measured": wall,
+            "by_processor_time": processor,
+            "at_least": SMALLEST_SPEED_RATIO,
+            "held": wall >= SMALLEST_SPEED_RATIO,
+        },
         "memory_ratio": {"measured": memory, "at_most": LARGEST_MEMORY_RATIO, "held": memory <= LARGEST_MEMORY_RATIO},
     }
 

@@ -7,8 +7,10 @@ the image channels appended and zeroed); VAE, text encoder and VLM stay frozen. 
 once and held in memory. All three projection modules are trained and averaged with the UNet, unlike in the released
 code, where they are not in the optimiser; `--freeze-projections` reproduces the publication.
 
-One CPU, one GPU or several take the same line (`accelerate config` decides). Running the same command again goes on
-where the last one stopped. `output_dir/pipeline` is a usable LegoPipeline folder after every slice.
+One CPU, one GPU or several GPUs take the same line (`accelerate config` decides). Several CPU processes:
+`ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 SCRIPT ...`, since accelerate's own
+launcher needs MPI for that. Running the same command again goes on where the last one stopped. `output_dir/pipeline`
+is a usable LegoPipeline folder after every slice.
 """
 
 import json

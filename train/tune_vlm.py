@@ -2,9 +2,11 @@
 
     accelerate launch train/tune_vlm.py --data DATA --vlm VLM_FOLDER --output-dir runs/vlm
 
-One CPU, one GPU or several take the same line; `accelerate config` decides. The vision tower stays frozen, projector
-and language model are trained. The loss counts the answer's tokens with the end token (`BolinLai/LEGO:
-vllm/llava/train/train.py`). Running the same command again goes on where the last one stopped.
+One CPU, one GPU or several GPUs take the same line (`accelerate config` decides). Several CPU processes:
+`ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 SCRIPT ...`, since accelerate's own
+launcher needs MPI for that. The vision tower stays frozen, projector and language model are trained. The loss counts
+the answer's tokens with the end token (`BolinLai/LEGO: vllm/llava/train/train.py`). Running the same command again
+goes on where the last one stopped.
 """
 
 import json

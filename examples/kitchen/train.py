@@ -3,9 +3,9 @@
     python -m examples.kitchen.train --run-dir runs/kitchen --max-minutes 60
 
 Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and
-embeddings -> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped; running this
-command again goes on with the first stage that is not finished. `--max-minutes` ends the slice, saved, wherever it is.
-The device is found by accelerate.
+embeddings -> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped;
+running this command again goes on with the first stage that is not finished. `--max-minutes` ends the slice wherever
+it is. The device is found by accelerate.
 """
 
 import json
@@ -50,8 +50,8 @@ class TrainKitchenConfig:
     max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to the end
     vae_steps: int = 3000  # of 8 frames
     clip_steps: int = 900  # of 64 frames
-    vlm_steps: int = 1200  # of 32 frames
-    ldm_steps: int = 6000  # of 48 pairs
+    vlm_steps: int = 800  # of 32 frames
+    ldm_steps: int = 3300  # of 48 pairs
     export: bool = False  # write the result to lego_pipeline/checkpoints/kitchen
     seed: int = 0
 
@@ -82,9 +82,18 @@ class Chain:
         return left
 
     def call(self, *arguments: str | Path) -> None:
-        """Runs a Python command; its failure ends this program with its exit code."""
+        """Runs a Python command; its failure ends this program with its exit code.
+
+        A command that outlasts the slice by a minute is killed: training scripts end by themselves, and rendering and
+        caching lose no more than an unfinished shard.
+        """
         print("$ python", *arguments, flush=True)
-        code = subprocess.run([sys.executable, *map(str, arguments)]).returncode
+        minutes = self.minutes_left()
+        limit = 60 * (minutes + 1) if minutes else None
+        try:
+            code = subprocess.run([sys.executable, *map(str, arguments)], timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
         if code:
             raise SystemExit(code)
 
@@ -176,10 +185,9 @@ def export(run: Path, folder: Path) -> None:
 def main(config: TrainKitchenConfig) -> None:
     chain = Chain(config)
     data, run = chain.data, chain.run
-    seconds = {"train": config.pairs, "val": 400, "test": 600}
+    splits = {"train": config.pairs, "val": 400, "test": 600}
     try:
-        for split, pairs in seconds.items():
-            chain.minutes_left()
+        for split, pairs in splits.items():
             chain.call(
                 *("-m", "examples.kitchen.render", "--pairs", str(pairs), "--size", str(FRAME_SIZE)),
                 *("--split", split, "--out", data / split, "--workers", str(config.workers)),
@@ -196,7 +204,6 @@ def main(config: TrainKitchenConfig) -> None:
             *("--learning-rate", "1e-3", "--max-steps", str(config.vlm_steps)),
         )
         for split in ("train", "val"):
-            chain.minutes_left()
             chain.call(
                 *("train/cache_embeddings.py", "--data", data / split, "--split", split, "--batch-size", "64"),
                 *("--vlm", run / "vlm" / "vlm", "--cache", run / "cache", "--max-new-tokens", "48"),
@@ -205,16 +212,8 @@ def main(config: TrainKitchenConfig) -> None:
             start_pipeline(run)
         chain.train(
             "ldm",
-            *(
-                "train/train_ldm.py",
-                "--config",
-                "train/configs/kitchen.yaml",
-                "--data",
-                data,
-                "--cache",
-                run / "cache",
-            ),
-            *("--pipeline", run / "start", "--max-steps", str(config.ldm_steps)),
+            *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data),
+            *("--cache", run / "cache", "--pipeline", run / "start", "--max-steps", str(config.ldm_steps)),
         )
     except OutOfTime:
         print(f"the slice's {config.max_minutes:g} minutes are over; the same command goes on from here")

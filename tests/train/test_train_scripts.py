@@ -368,7 +368,7 @@ def test_two_processes_train_one_model_and_stop_together(
     script, output_dir = tmp_path / "record.py", tmp_path / "run"
     script.write_text(RECORD_WEIGHTS)
     flags = launched_flags(data, tiny_folder, cache, output_dir)
-    # `accelerate launch --cpu --num_processes 2` needs mpirun, and starts one process without a word where there is none.
+    # `accelerate launch --cpu --num_processes 2` wants mpirun, and without it starts one process and says nothing.
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch(launcher, script, *flags, "--max-minutes", "0.00001")
     assert report(output_dir) == {"step": 1, "finished": False}
