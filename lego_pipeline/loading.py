@@ -129,6 +129,21 @@ def finish_folder(folder: Path) -> None:
         if path.is_file():
             config = _with_plain_dtype(json.loads(path.read_text(encoding="utf-8")))
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_bpe_files(folder / "tokenizer")
+
+
+def write_bpe_files(folder: Path) -> None:
+    """Writes vocab.json and merges.txt beside a saved tokenizer.json.
+
+    transformers 5 saves the one file only; readers of the older layout, ComfyUI among them, want the two.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = "".join(f"{first} {second}\n" for first, second in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
 
 
 def _with_plain_dtype(config: dict[str, Any]) -> dict[str, Any]:

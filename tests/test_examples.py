@@ -11,6 +11,7 @@ import pytest
 
 from lego_pipeline.checkpoints import FRAMES
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.images import read_image
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -25,7 +26,7 @@ def test_a_call_and_its_stages_one_by_one_give_the_same_picture(
 ) -> None:
     main_of("generate.py")(output=tmp_path / "call.png", row=1, steps=2)
     main_of("stage_by_stage.py")(output=tmp_path / "stages.png", row=1, steps=2)
-    call, stages = (PIL.Image.open(tmp_path / name).tobytes() for name in ("call.png", "stages.png"))
+    call, stages = (read_image(tmp_path / name).tobytes() for name in ("call.png", "stages.png"))
     assert max(abs(a - b) for a, b in zip(call, stages, strict=True)) <= 1
     out = capsys.readouterr().out
     assert all(stage in out for stage in ("enhance", "encode_condition", "encode_image", "denoise", "decode"))
@@ -33,7 +34,8 @@ def test_a_call_and_its_stages_one_by_one_give_the_same_picture(
 
 def test_edited_descriptions_change_the_picture_and_go_on_a_sheet(tmp_path: Path) -> None:
     main_of("edited_descriptions.py")(output=tmp_path / "sheet.png", frames=2, steps=2)
-    assert min(PIL.Image.open(tmp_path / "sheet.png").size) > 200
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 200
 
 
 def test_words_are_exchanged_in_both_directions() -> None:

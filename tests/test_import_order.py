@@ -28,7 +28,8 @@ HEAVY = {"PIL", "accelerate", "datasets", "diffusers", "numpy", "safetensors", "
 
 
 def sources(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
+    """Python files below a folder, saved pipelines' loaders (copies of lego.py) left out."""
+    return sorted(path for path in folder.rglob("*.py") if not (path.parent / "model_index.json").exists())
 
 
 def name_of(path: Path) -> str:

@@ -275,3 +275,9 @@ def test_a_name_that_is_neither_folder_nor_on_the_hub_says_so():
 
 def test_a_whole_folder_passes_the_check(tiny_folder):
     loading.check_folder(tiny_folder)
+
+
+def test_a_saved_tokenizer_has_the_files_of_the_older_layout_too(tiny_folder, tiny_components):
+    vocab = json.loads((tiny_folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    assert vocab == tiny_components["tokenizer"].get_vocab()
+    assert (tiny_folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8").startswith("#version")

@@ -34,6 +34,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
+from lego_pipeline.loading import write_bpe_files
 from lego_pipeline.projector import LegoProjector
 
 FRAME_SIZE = 128  # pixels
@@ -230,12 +231,9 @@ def build_clip_tokenizer(corpus: Iterable[str], vocab_size: int = 1000) -> CLIPT
 
 
 def save_clip_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """`save_pretrained` and the vocab.json and merges.txt that readers of the older layout (ComfyUI) want."""
+    """`save_pretrained`, and the files of the older layout beside it."""
     tokenizer.save_pretrained(folder)
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    merges = "".join(f"{first} {second}\n" for first, second in model["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    write_bpe_files(folder)
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
