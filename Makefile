@@ -1,5 +1,5 @@
 # Everything a newcomer types. `make demo` and `make test` set themselves up in .venv; once that is done, nothing
-# here needs the network, root, a display or a GPU.
+# here needs the network, root, a display or a GPU (but `make test-slow`, which installs the wheel afresh).
 #
 #   PYTHON=/path/to/python3.12   interpreter that makes .venv (default: the first of python3.13, 3.12, 3.11, python3
 #                                that is 3.11 or newer)
@@ -53,7 +53,7 @@ format: $(READY) ## rewrite the sources as `make check` wants them
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
-kitchen: $(READY) ## render the kitchen and train its checkpoint; run again to resume
+kitchen: $(READY) ## render and train it, run again to resume; `make kitchen ARGS=--export` replaces the checkpoint
 	$(BIN)/python -m examples.kitchen.train $(ARGS)
 
 # A stamp, not the folder: an installation that was interrupted is taken up again.

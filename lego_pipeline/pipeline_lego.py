@@ -176,25 +176,35 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
                 f"`{path}` must be a folder here or a repository of the model hub, got neither: {error}"
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Writes a folder that `LegoPipeline.from_pretrained` and `DiffusionPipeline.from_pretrained` load alike.
 
         Beside diffusers' files there is `lego.py`, which `custom_pipeline="lego"` looks for.
 
         Args:
             save_directory: the folder, made if needed.
-            *args, **kwargs: of `DiffusionPipeline.save_pretrained`.
+            safe_serialization, variant, max_shard_size, push_to_hub, **kwargs: of
+                `DiffusionPipeline.save_pretrained`. The hub's copy has the first two; its shards are diffusers' own,
+                as `DiffusionPipeline.push_to_hub` takes no size.
         """
-        push_to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         hub = {name: kwargs.pop(name) for name in loading.HUB_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        written = {"safe_serialization": safe_serialization, "variant": variant}
+        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **written, **kwargs)
         loading.finish_folder(Path(save_directory))
         if push_to_hub:
-            self.push_to_hub(repo_id, **hub)
+            self.push_to_hub(repo_id, **written, **hub)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`; a dtype may be a name, and an unknown device or dtype is told what is known.
+        """As `DiffusionPipeline.to`; `dtype=` may be a name, and an unknown device or dtype is told what is known.
 
         Raises:
             ValueError: the device is unknown to torch or isn't there, the dtype is unknown.

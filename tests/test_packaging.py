@@ -70,7 +70,8 @@ def test_the_demo_runs_from_the_wheel_without_extras_and_without_the_examples(fr
     assert Path(location).is_relative_to(fresh)
     run(fresh / "venv" / "bin" / "lego", "doctor", cwd=fresh)
     run(fresh / "venv" / "bin" / "lego", "demo", "--frames", "2", "--output", "demo.png", cwd=fresh)
-    assert min(PIL.Image.open(fresh / "demo.png").size) > 200
+    with PIL.Image.open(fresh / "demo.png") as sheet:
+        assert min(sheet.size) > 200
 
 
 def test_a_saved_folder_loads_in_a_process_that_imported_nothing_of_ours(fresh: Path) -> None:

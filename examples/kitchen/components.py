@@ -1,6 +1,6 @@
 """The kitchen checkpoint's parts before training: shapes, and initial weights that already know something.
 
-Shapes (fixed for good once trained, see docs/kitchen_checkpoint.md for the measurements behind them): frames of
+Shapes (fixed for good once trained, see docs/kitchen.md for the measurements behind them): frames of
 128 px, an `AutoencoderKL` of factor 16 with 48 latent channels, hence 8x8 latents, on which two cores train a UNet
 several times faster than on 16x16.
 

@@ -3,9 +3,9 @@
     python -m examples.kitchen.train --run-dir runs/kitchen --max-minutes 60
 
 Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and
-embeddings -> UNet and projector -> export. Each is a script that can be run on its own and goes on where it stopped;
-running this command again goes on with the first stage that is not finished. `--max-minutes` ends the slice wherever
-it is. The device is found by accelerate.
+embeddings -> UNet and projector. Most are scripts that can be run on their own; running this command again goes on
+with the first stage that is not finished. `--max-minutes` ends the slice wherever it is. The result is
+`RUN_DIR/ldm/pipeline`; with `--export` it also replaces the embedded checkpoint. The device is found by accelerate.
 """
 
 import json
@@ -45,7 +45,9 @@ QUESTION = "How does the person properly {} that is displayed in the video frame
 @dataclass(kw_only=True)
 class TrainKitchenConfig:
     run_dir: Path = Path("runs/kitchen")
-    pairs: int = 9000  # rendered for training; 400 more for validation, 600 for the test
+    pairs: int = 9000  # rendered for training
+    validation_pairs: int = 400
+    test_pairs: int = 600  # in kitchens and with verb-noun combinations that training never sees
     workers: int = 2  # of rendering
     max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to the end
     vae_steps: int = 3000  # of 8 frames
@@ -109,11 +111,23 @@ class Chain:
 
 @contextmanager
 def whole_folder(folder: Path) -> Generator[Path]:
-    """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
+    """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written.
+
+    A folder that has the name already stays as it is until then, and if writing fails.
+    """
+    unfinished, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
+    for left_over in (unfinished, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    if folder.exists():
+        folder.rename(old)
     unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def start_vlm(run: Path, data: Path) -> None:
@@ -175,17 +189,18 @@ def start_pipeline(run: Path) -> None:
 
 
 def export(run: Path, folder: Path) -> None:
-    """Writes the trained pipeline with the newest decoder in half precision."""
+    """Writes the trained pipeline with the newest decoder in half precision; an older `folder` is replaced."""
     pipeline = LegoPipeline.from_pretrained(
         run / "ldm" / "pipeline", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae")
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
+    with whole_folder(folder) as unfinished:
+        pipeline.to(torch.float16).save_pretrained(unfinished)
 
 
 def main(config: TrainKitchenConfig) -> None:
     chain = Chain(config)
     data, run = chain.data, chain.run
-    splits = {"train": config.pairs, "val": 400, "test": 600}
+    splits = {"train": config.pairs, "val": config.validation_pairs, "test": config.test_pairs}
     try:
         for split, pairs in splits.items():
             chain.call(

@@ -13,6 +13,7 @@ from typing import Any
 
 PACKAGE = "lego-pipeline"
 GIB = 1 << 30
+AGAIN = "install the package again, or make it with `make kitchen ARGS=--export`"
 
 
 @dataclass(kw_only=True)
@@ -30,10 +31,13 @@ class Doctor:
         problems = [
             f"{name} is not installed: {_pip_line()}" for name, found in report["packages"].items() if not found
         ]
-        if not problems:
+        is_importable = not problems
+        if is_importable:
             report |= _device()
         report["memory_gib"] = _memory()
         report["checkpoint"], checkpoint_problems = _checkpoint()
+        if is_importable and not checkpoint_problems:
+            checkpoint_problems = _weights()
         problems += checkpoint_problems
         report["extras"] = {
             extra: {name: _version(name) for name in names} for extra, names in sorted(extras.items()) if names
@@ -117,21 +121,32 @@ def _checkpoint() -> tuple[dict[str, Any], list[str]]:
 
     facts: dict[str, Any] = {"path": str(KITCHEN), "frames": str(FRAMES), "mib": 0.0, "components": []}
     problems = []
-    again = "install the package again, or make it with `make kitchen`"
     try:
         index = json.loads((KITCHEN / "model_index.json").read_text(encoding="utf-8"))
         facts["components"] = [
             name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]
         ]
     except (OSError, ValueError) as error:
-        problems.append(f"the embedded checkpoint cannot be read ({error}): {again}")
+        problems.append(f"the embedded checkpoint cannot be read ({error}): {AGAIN}")
     for name in facts["components"]:
         if not (KITCHEN / name).is_dir():
-            problems.append(f"the embedded checkpoint lacks its {name}: {again}")
+            problems.append(f"the embedded checkpoint lacks its {name}: {AGAIN}")
     facts["mib"] = sum(file.stat().st_size for file in _files(KITCHEN)) / (1 << 20)
     if not _files(FRAMES):
         problems.append(f"the embedded frames are not at {FRAMES}: install the package again")
     return facts, problems
+
+
+def _weights() -> list[str]:
+    """What is wrong with the embedded checkpoint's files, one that is missing or cut off for instance."""
+    from lego_pipeline.checkpoints import KITCHEN
+    from lego_pipeline.loading import check_folder
+
+    try:
+        check_folder(KITCHEN)
+    except (OSError, ValueError) as error:
+        return [f"the embedded checkpoint is not whole ({error}): {AGAIN}"]
+    return []
 
 
 def _files(folder: Path) -> list[Path]:

@@ -39,7 +39,7 @@ class ModelOptions:
         if not (KITCHEN / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"the embedded checkpoint is not at {KITCHEN}; install the package again, make it with "
-                "`make kitchen`, or name another with `--model`."
+                "`make kitchen ARGS=--export`, or name another with `--model`."
             )
         return str(KITCHEN)
 

@@ -11,7 +11,7 @@ VLM_FAMILIES: dict[str, VlmFamily] = {"llava": llava}
 
 
 def family_of(vlm: Any) -> VlmFamily:
-    """Module with `generate` and `embed` for a loaded VLM.
+    """Module with the functions of `VlmFamily` for a loaded VLM.
 
     Raises:
         ValueError: its `model_type` is not a known family.

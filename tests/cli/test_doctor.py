@@ -1,6 +1,7 @@
 """`lego doctor` finds what is missing and says how to get it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_missing_checkpoint_is_a_problem(
     monkeypatch.setattr(lego_pipeline.checkpoints, "FRAMES", tmp_path)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert out.count("PROBLEM") == 2 and "make kitchen" in out
+    assert out.count("PROBLEM") == 2 and "make kitchen ARGS=--export" in out
 
 
 @pytest.mark.usefixtures("complete")
@@ -68,3 +69,16 @@ def test_a_missing_component_is_a_problem(
     monkeypatch.setattr(lego_pipeline.checkpoints, "KITCHEN", tmp_path / "kitchen")
     assert main(["doctor"]) == 1
     assert "lacks its unet" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("complete")
+def test_weights_that_are_cut_off_are_a_problem(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "kitchen")
+    [weights] = (tmp_path / "kitchen" / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(lego_pipeline.checkpoints, "KITCHEN", tmp_path / "kitchen")
+    assert main(["doctor", "--json"]) == 1
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    assert weights.name in problem and "bytes by its header" in problem and "make kitchen ARGS=--export" in problem
