@@ -19,7 +19,7 @@ ARGS     ?=
 
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
-EXTRAS   := dev,vision,kitchen,train
+EXTRAS   := dev,vision,kitchen
 
 export HF_HUB_OFFLINE := 1
 

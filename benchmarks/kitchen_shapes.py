@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from examples.kitchen.components import CROSS_ATTENTION_DIM, NUM_IMAGE_TOKENS, NUM_TEXT_TOKENS
+from examples.kitchen.components import CROSS_ATTENTION_DIM, NUM_IMAGE_TOKENS, NUM_TEXT_TOKENS, build_unet
 from examples.kitchen.frames import load_frames, load_masks, psnr, read_split, to_unit
 from lego_pipeline.config import parse_config
 
@@ -48,17 +47,7 @@ def linear_reconstruction(train: torch.Tensor, frames: torch.Tensor, factor: int
 
 def samples_per_second(grid: int, channels: int, config: KitchenShapesConfig) -> float:
     """Best of the repeats: forward and backward of the kitchen's UNet widths on a grid."""
-    unet = UNet2DConditionModel(
-        sample_size=grid,
-        in_channels=2 * channels,
-        out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(160, 192),
-        layers_per_block=1,
-        cross_attention_dim=CROSS_ATTENTION_DIM,
-        attention_head_dim=8,
-    )
+    unet = build_unet(grid, channels)
     condition = torch.randn(config.batch_size, 77 + NUM_IMAGE_TOKENS + NUM_TEXT_TOKENS, CROSS_ATTENTION_DIM)
     latents = torch.randn(config.batch_size, 2 * channels, grid, grid)
     best = 0.0

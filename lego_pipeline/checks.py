@@ -267,8 +267,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str)
     """Raises unless `value` is a finite floating point tensor of the shape.
 
     Args:
-        shape: sizes; a string stands for any size of at least 1 and names it in the message, and "1 | 3" style
-            alternatives are allowed.
+        shape: sizes; a string stands for any size of at least 1 and names it in the message.
         advice: what to do, the end of the message.
     """
     expected = f"({', '.join(map(str, shape))})"
@@ -314,10 +313,7 @@ def check_enhancements(enhancements: Any, num_image_tokens: int, vlm_dim: int) -
 
 
 def _fits(size: int, expected: int | str) -> bool:
-    if isinstance(expected, int):
-        return size == expected
-    alternatives = [part.strip() for part in expected.split("|")]
-    return str(size) in alternatives if alternatives[0].isdigit() else size >= 1
+    return size >= 1 if isinstance(expected, str) else size == expected
 
 
 def _model_sizes(

@@ -45,6 +45,7 @@ from lego_pipeline import checks, guidance, images, loading
 from lego_pipeline.attention import reuse_keys_values
 from lego_pipeline.projector import LegoProjector
 from lego_pipeline.vlm import Enhancement, family_of
+from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask, check_question
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -101,7 +102,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         projector: LegoProjector,
         vlm: PreTrainedModel | None = None,
         vlm_processor: ProcessorMixin | None = None,
-        question_template: str = "How does the person properly {} that is displayed in the video frame?",
+        question_template: str = DEFAULT_QUESTION,
         resolution: int = 256,
         num_inference_steps: int = 100,
         guidance_scale: float | int = 7.5,
@@ -114,8 +115,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         frame_statistics: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if question_template.count("{}") != 1:
-            raise ValueError(f"`question_template` must have one {{}} for the action, got {question_template!r}.")
+        check_question(question_template)
         checks.check_interval("guidance_interval", guidance_interval)
         self.register_modules(
             vae=vae,
@@ -183,6 +183,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
         """Writes a folder that `LegoPipeline.from_pretrained` and `DiffusionPipeline.from_pretrained` load alike.
@@ -191,14 +192,16 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
 
         Args:
             save_directory: the folder, made if needed.
-            safe_serialization, variant, max_shard_size, push_to_hub, **kwargs: of
+            safe_serialization, variant, max_shard_size, push_to_hub, use_flashpack, **kwargs: of
                 `DiffusionPipeline.save_pretrained`. The hub's copy has the first two; its shards are diffusers' own,
                 as `DiffusionPipeline.push_to_hub` takes no size.
         """
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         hub = {name: kwargs.pop(name) for name in loading.HUB_ARGUMENTS if name in kwargs}
-        written = {"safe_serialization": safe_serialization, "variant": variant}
-        super().save_pretrained(save_directory, max_shard_size=max_shard_size, **written, **kwargs)
+        written: dict[str, Any] = {"safe_serialization": safe_serialization, "variant": variant}
+        super().save_pretrained(
+            save_directory, max_shard_size=max_shard_size, use_flashpack=use_flashpack, **written, **kwargs
+        )
         loading.finish_folder(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(repo_id, **written, **hub)
@@ -275,7 +278,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         checks.check_generator(generator, batch_size)
         frames, actions, descriptions = (checks.expand(v, batch_size) for v in (frames, actions, descriptions))
         pictures = [images.to_pil(frame) for frame in frames]
-        questions = [self.config.question_template.format(text.strip(" .")) for text in actions or descriptions]
+        questions = [ask(self.config.question_template, text) for text in actions or descriptions]
         family = family_of(self.vlm)
         if descriptions is None:
             descriptions = family.generate(

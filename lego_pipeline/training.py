@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,29 @@ class ResumableSteps:
                     break
         self._save()
 
+    def update(
+        self,
+        loss: torch.Tensor,
+        parameters: Iterable[torch.nn.Parameter],
+        optimizer: Any,
+        schedule: Any,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        """One step of the optimiser and of its schedule, with the gradient's norm clipped.
+
+        Args:
+            loss: scalar of this step.
+            parameters: those that are trained.
+            optimizer: prepared by the accelerator.
+            schedule: of the learning rate; counts steps, however many processes there are.
+            max_grad_norm: of all parameters' gradients together.
+        """
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
     def log(self, **values: torch.Tensor | float) -> None:
         """Adds values of the current step to the averages of the logging interval."""
         for name, value in values.items():
@@ -143,7 +166,6 @@ class ResumableSteps:
             line = {"step": self.step, "samples": samples, "time": round(time.time(), 1), **averages}
             with open(self.output_dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.accelerator.log(averages, step=self.step)
         return averages
 
     def _agreed(self, *decisions: bool) -> list[bool]:

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from benchmarks import inference
+from examples.kitchen.frames import load_frames, psnr, to_unit
+from lego_pipeline.data.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,15 +60,21 @@ def test_a_ratio_is_the_median_of_its_pairs():
     assert inference.ratios([2, 9, 4], [1, 3, 4]) == {"median": 2, "low": 1, "high": 3}
 
 
-def test_psnr_counts_the_pixels_inside_the_boxes_only():
-    truth = np.zeros((10, 10, 3), dtype=np.uint8)
-    picture = truth.copy()
-    picture[:5] = 51  # a fifth of the range
-    picture, truth = PIL.Image.fromarray(picture), PIL.Image.fromarray(truth)
-    lower = {"name": "drawer", "x0": 0.0, "y0": 0.5, "x1": 1.0, "y1": 1.0}
-    upper = {"name": "right hand", "x0": 0.0, "y0": 0.0, "x1": 0.3, "y1": 0.5}
-    assert inference.psnr(picture, truth, [upper]) == pytest.approx(20 * np.log10(5))
-    assert inference.psnr(picture, truth, [upper, lower]) == pytest.approx(20 * np.log10(5) + 10 * np.log10(65 / 15))
+@pytest.mark.filterwarnings("ignore:The result is enlarged from 32x32")
+@pytest.mark.filterwarnings("ignore:The text encoder reads 77 tokens")
+def test_quality_is_measured_over_the_frame_and_inside_the_boxes(tiny_folder):
+    quality = inference.interval_quality(tiny_folder, pairs=2, steps=2, device="cpu")
+    rows = read_manifest(inference.FRAMES).select([0, 1])
+    before, truth = to_unit(load_frames(rows)).unbind(1)
+    assert quality["input, copied"]["frame"] == pytest.approx(psnr(before, truth).mean().item())
+    assert quality["input, copied"]["boxes"] < quality["input, copied"]["frame"]  # what changes is in the boxes
+    assert list(quality) == ["input, copied", "guidance in all steps", "guidance in (0, 0.5)"]
+
+
+def test_a_saving_by_reuse_over_few_steps_says_so():
+    reuse, passes = {"saving": "reuse", "max_difference": 0.0}, {"saving": "two passes"}
+    assert inference._few_steps(reuse, 2) == " (over 2 steps only; more gain more)"
+    assert inference._few_steps(reuse, 10) == inference._few_steps(passes, 2) == ""
 
 
 def test_settings_out_of_range_name_themselves():

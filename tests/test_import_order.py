@@ -8,15 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lego_pipeline"
-HOSTS = ("comfy_nodes", "train", "examples")  # import lego_pipeline, never one another
+HOSTS = ("train", "examples")  # import lego_pipeline, never one another
 OUTSIDE = (*HOSTS, "benchmarks", "tests")  # measure and test all of them; imported by none
 
 LEVELS = (
     ("attention", "checkpoints", "conditioning", "config", "contact_sheet", "guidance", "images", "loading",
-     "projector", "scheduler", "training", "vlm.base"),
+     "projector", "training", "vlm.base"),
     ("vlm", "data", "checks"),
     ("pipeline_lego",),
-    ("convert", "curation", "evaluation", "storyboard"),
     ("cli",),
 )  # fmt: skip
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -184,6 +184,18 @@ def test_shards_are_written_and_read(make_tiny_pipeline, frame, tmp_path):
     assert_same_frame(LegoPipeline.from_pretrained(tmp_path), pipe, frame)
 
 
+def test_the_hub_gets_the_files_that_the_folder_has(make_tiny_pipeline, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(LegoPipeline, "push_to_hub", lambda self, *args, **kwargs: calls.append((args, kwargs)))
+    options = {"variant": "fp16", "safe_serialization": True}
+    hub = {"private": True, "commit_message": "Trained longer"}
+    make_tiny_pipeline().save_pretrained(
+        tmp_path / "mine", **options, max_shard_size="20KB", push_to_hub=True, repo_id="owner/mine", **hub
+    )
+    assert calls == [(("owner/mine",), options | hub)]
+    assert (tmp_path / "mine" / "lego.py").is_file()
+
+
 def test_a_device_map_places_the_components(tiny_folder, frame, tiny_pipeline):
     pipe = LegoPipeline.from_pretrained(tiny_folder, device_map="cpu")
     assert_same_frame(pipe, tiny_pipeline, frame)

@@ -38,10 +38,7 @@ class Run:
         for step, indices in self.steps:
             noise = torch.randn(len(indices), 4)
             loss = self.model(self.data[indices] + noise).square().mean()
-            self.steps.accelerator.backward(loss)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
+            self.steps.update(loss, self.model.parameters(), self.optimizer, self.schedule)
             self.ema.step(self.model.parameters())
             self.steps.log(loss=loss.detach())
             yield step
@@ -156,6 +153,17 @@ def test_a_steps_random_numbers_are_its_own(tmp_path: Path) -> None:
     assert len(set(first)) == 6
     assert [torch.rand(1).item() for _ in Run(tmp_path / "again").steps] == first
     assert [torch.rand(1).item() for _ in Run(tmp_path / "seed", seed=1).steps] != first
+
+
+def test_an_update_clips_the_gradient_steps_and_forgets_it(tmp_path: Path) -> None:
+    steps = Run(tmp_path).steps
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=2)
+    steps.update((weight * torch.tensor([30.0, 40.0])).sum(), [weight], optimizer, schedule, max_grad_norm=0.5)
+    assert torch.allclose(weight, torch.tensor([-0.3, -0.4]))
+    assert weight.grad is None
+    assert schedule.get_last_lr() == [0.5]
 
 
 def test_the_log_has_the_mean_of_each_interval(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lego_pipeline.config import parse_config
 from lego_pipeline.data.embedding_cache import EmbeddingCache, frame_key, text_key, vlm_key
 from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.vlm import family_of
+from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask, check_question
 
 logger = logging.getLogger("cache_embeddings")
 
@@ -33,7 +34,7 @@ class CacheEmbeddingsConfig:
     vlm: str  # folder or hub name of the tuned VLM
     cache: Path  # folder of the cache
     split: str = "train"
-    question_template: str = "How does the person properly {} that is displayed in the video frame?"
+    question_template: str = DEFAULT_QUESTION
     batch_size: int = 32  # rows of one process and call
     max_new_tokens: int = 64
     temperature: float = 0.2  # 0 takes the likeliest token
@@ -42,6 +43,7 @@ class CacheEmbeddingsConfig:
     dtype: str = "float32"  # of the VLM: float32, float16 or bfloat16
 
     def __post_init__(self):
+        check_question(self.question_template)
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {self.dtype!r}.")
 
@@ -65,7 +67,7 @@ def main(config: CacheEmbeddingsConfig) -> None:
     starts = range(0, len(mine), config.batch_size)
     for start in tqdm(starts, desc="describe", disable=not accelerator.is_main_process, mininterval=5):
         batch = [rows[i] for i in mine[start : start + config.batch_size]]
-        questions = [config.question_template.format(row["action"]) for row in batch]
+        questions = [ask(config.question_template, row["action"]) for row in batch]
         seeds = [row_seed(row["id"], config.seed) for row in batch]
         settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k}
         frame_keys = [frame_key(row["image_0"], model) for row in batch]

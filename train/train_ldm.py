@@ -4,8 +4,9 @@
 
 `--pipeline` is a LegoPipeline folder with the weights to start from (for SD 1.5 size: converted weights whose UNet has
 the image channels appended and zeroed); VAE, text encoder and VLM stay frozen. Latents and text encodings are computed
-once and held in memory. All three projection modules are trained and averaged with the UNet, unlike in the released
-code, where they are not in the optimiser; `--freeze-projections` reproduces the publication.
+once and held in memory; `output_dir/latents-SPLIT-KEY.safetensors` keeps the latents for the next slice, KEY standing
+for the VAE, the resolution and the frames. All three projection modules are trained and averaged with the UNet, unlike
+in the released code, where they are not in the optimiser; `--freeze-projections` reproduces the publication.
 
 One CPU, one GPU or several GPUs take the same line (`accelerate config` decides). Several CPU processes:
 `ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 SCRIPT ...`, since accelerate's own
@@ -13,24 +14,26 @@ launcher needs MPI for that. Running the same command again goes on where the la
 is a usable LegoPipeline folder after every slice.
 """
 
+import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Image
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from lego_pipeline import LegoPipeline, images
 from lego_pipeline.conditioning import drop_conditions
 from lego_pipeline.config import parse_config, to_yaml
-from lego_pipeline.data.embedding_cache import EmbeddingCache
+from lego_pipeline.data.boxes import box_mask
+from lego_pipeline.data.embedding_cache import EmbeddingCache, model_key, write_atomically
 from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.training import ResumableEma, ResumableSteps
 
@@ -74,11 +77,16 @@ class TrainLdmConfig:
 
 
 class Denoiser(nn.Module):
-    """What is trained: UNet and projector as one module, for gradient averaging over processes and for the EMA."""
+    """What is trained: UNet and projector as one module, for gradient averaging over processes and for the EMA.
 
-    def __init__(self, unet: nn.Module, projector: nn.Module):
+    Args:
+        unet, projector: of the pipeline.
+        dropout: share of samples that lose the text condition, both conditions, or the image condition, each.
+    """
+
+    def __init__(self, unet: nn.Module, projector: nn.Module, dropout: float = 0.05):
         super().__init__()
-        self.unet, self.projector = unet, projector
+        self.unet, self.projector, self.dropout = unet, projector, dropout
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor], no_vlm: torch.Tensor
@@ -94,18 +102,28 @@ class Denoiser(nn.Module):
         )
         return self.unet(torch.cat([noisy, image_latents], 1), timesteps, condition).sample
 
-    dropout: float = 0.05
-
 
 def box_weights(boxes: list[list[dict]], height: int, width: int, weight: float) -> torch.Tensor:
     """(N, height, width) loss weights of latent cells: `weight` where a box of hand or object touches the cell."""
-    weights = torch.ones(len(boxes), height, width)
-    for i, pair in enumerate(boxes):
-        for box in pair:
-            rows = slice(int(box["y0"] * height), math.ceil(box["y1"] * height))
-            columns = slice(int(box["x0"] * width), math.ceil(box["x1"] * width))
-            weights[i, rows, columns] = weight
-    return weights
+    return torch.stack([torch.where(box_mask(pair, height, width), weight, 1.0) for pair in boxes])
+
+
+def latents_key(pipeline: LegoPipeline, rows: Dataset) -> str:
+    """Key of what the VAE makes of some rows: its config and weights, the resolution, the rows' ids and frames."""
+    config = {name: value for name, value in pipeline.vae.config.items() if not name.startswith("_")}
+    facts = {"vae": model_key(pipeline.vae, json.dumps(config, sort_keys=True)), "side": pipeline.config.resolution}
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    names = ("image_0", "image_1")
+    encoded = rows.select_columns(["id", *names])
+    for name in names:
+        encoded = encoded.cast_column(name, Image(decode=False))
+    for row in encoded:
+        digest.update(row["id"].encode())
+        for name in names:
+            frame = row[name]
+            if frame is not None:  # one that lacks is reported where frames are encoded
+                digest.update(Path(frame["path"]).read_bytes() if frame["bytes"] is None else frame["bytes"])
+    return digest.hexdigest()[:16]
 
 
 class PairTensors:
@@ -115,19 +133,12 @@ class PairTensors:
         self, pipeline: LegoPipeline, rows: Dataset, config: TrainLdmConfig, device: torch.device, split: str
     ):
         self.rows, self.device = rows, device
-        memo = config.output_dir / f"latents-{split}.pt"
-        if memo.exists():
-            self.latents, self.target_std = torch.load(memo, weights_only=True)
-            if len(self.latents) != len(rows):
-                raise ValueError(
-                    f"{memo} must hold the latents of {len(rows)} pairs, got {len(self.latents)}; "
-                    "the data changed: delete the file, or start in another `output_dir`."
-                )
-        else:
-            self.latents, self.target_std = self._encode_frames(pipeline)
-            unfinished = memo.with_suffix(".tmp")
-            torch.save((self.latents, self.target_std), unfinished)
-            unfinished.rename(memo)
+        memo = config.output_dir / f"latents-{split}-{latents_key(pipeline, rows)}.safetensors"
+        if not memo.exists():
+            encoded = self._encode_frames(pipeline)
+            write_atomically(memo, lambda path: save_file(encoded, path))
+        stored = load_file(memo)
+        self.latents, self.target_std = stored["latents"], stored["target_std"]
         labels = rows["action"][:]
         descriptions = labels
         self.embeds: dict[str, torch.Tensor] = {}
@@ -157,8 +168,8 @@ class PairTensors:
         self.weights = box_weights(pairs, *self.latents.shape[-2:], config.box_weight)
 
     @torch.no_grad()
-    def _encode_frames(self, pipeline: LegoPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 2, c, h, w) posterior means of both frames, unscaled, and (N, c, h, w) deviation of the target's."""
+    def _encode_frames(self, pipeline: LegoPipeline) -> dict[str, torch.Tensor]:
+        """Both frames' posterior means, unscaled `latents` (N, 2, c, h, w); the target's `target_std` (N, c, h, w)."""
         means, deviations = [], []
         starts = range(0, len(self.rows), 32)
         for start in tqdm(starts, desc="encode frames", mininterval=5):
@@ -173,7 +184,7 @@ class PairTensors:
             mean = posterior.mode().float().cpu()
             means.append(torch.stack(mean.chunk(2), 1))
             deviations.append(posterior.std.float().cpu().chunk(2)[1])
-        return torch.cat(means), torch.cat(deviations)
+        return {"latents": torch.cat(means).contiguous(), "target_std": torch.cat(deviations).contiguous()}
 
     def batch(self, indices: list[int], draws: torch.Tensor, use_label: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensors of some rows on the device."""
@@ -245,8 +256,7 @@ def main(config: TrainLdmConfig) -> None:
             rows = read_manifest(config.data, config.validation_split)
             rows = rows.select(range(min(len(rows), 128)))
             validation = PairTensors(pipeline, rows, config, device, config.validation_split)
-    denoiser = Denoiser(pipeline.unet, pipeline.projector)
-    denoiser.dropout = config.condition_dropout
+    denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout)
     pipeline.projector.requires_grad_(config.cache is not None and not config.freeze_projections)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
@@ -316,11 +326,7 @@ def main(config: TrainLdmConfig) -> None:
                 file.write(json.dumps({"step": step, "loss": validate(validation)}) + "\n")
         timesteps = draw_timesteps(len(indices), alphas_cumprod, config)
         loss = loss_of(train, indices, timesteps, torch.rand(len(indices)))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        steps.update(loss, trained, optimizer, schedule, config.max_grad_norm)
         ema.step(denoiser.parameters())
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:

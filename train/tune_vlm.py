@@ -23,6 +23,7 @@ from lego_pipeline.config import parse_config, to_yaml
 from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.training import ResumableSteps
 from lego_pipeline.vlm import family_of
+from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask, check_question
 
 logger = logging.getLogger("tune_vlm")
 
@@ -33,7 +34,7 @@ class TuneVlmConfig:
     vlm: str  # folder or hub name of the VLM with its processor
     output_dir: Path = Path("runs/vlm")
     split: str = "train"
-    question_template: str = "How does the person properly {} that is displayed in the video frame?"
+    question_template: str = DEFAULT_QUESTION
     batch_size: int = 16  # samples of one process and step
     max_steps: int = 1000
     max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to max_steps
@@ -47,10 +48,7 @@ class TuneVlmConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if "{}" not in self.question_template:
-            raise ValueError(
-                f"`question_template` must hold `{{}}` for the action, got {self.question_template!r}; write it there."
-            )
+        check_question(self.question_template)
         for name in ("batch_size", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -101,16 +99,12 @@ def main(config: TuneVlmConfig) -> None:
     )
     for _, indices in steps:
         batch = [rows[i] for i in indices]
-        questions = [config.question_template.format(row["action"]) for row in batch]
+        questions = [ask(config.question_template, row["action"]) for row in batch]
         inputs = family.training_batch(
             processor, [row["image_0"] for row in batch], questions, [row["description"] for row in batch]
         )
         loss = vlm(**{name: tensor.to(accelerator.device) for name, tensor in inputs.items()}).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        steps.update(loss, trained, optimizer, schedule, config.max_grad_norm)
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:
         accelerator.unwrap_model(vlm).eval().save_pretrained(config.output_dir / "vlm")

@@ -111,12 +111,17 @@ def set_principal_components(vae: AutoencoderKL, frames: torch.Tensor) -> None:
     encoder.conv_out.bias[LATENT_CHANNELS:] = -12.0  # log variance: the encoder adds no noise to speak of
 
 
-def build_unet() -> UNet2DConditionModel:
-    """UNet that, before training, returns the condition latent (its input channels 48 to 95) scaled like a target."""
-    unet = UNet2DConditionModel(
-        sample_size=FRAME_SIZE // 16,
-        in_channels=2 * LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+def build_unet(grid: int = FRAME_SIZE // 16, channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
+    """UNet for latents of `grid` x `grid` cells, with random weights; `set_copy` writes what it knows from the start.
+
+    Args:
+        grid: side of the latents.
+        channels: of the latents; it takes twice as many, the noisy target's and the input frame's.
+    """
+    return UNet2DConditionModel(
+        sample_size=grid,
+        in_channels=2 * channels,
+        out_channels=channels,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(160, 192),
@@ -124,7 +129,6 @@ def build_unet() -> UNet2DConditionModel:
         cross_attention_dim=CROSS_ATTENTION_DIM,
         attention_head_dim=8,  # 8 heads at every level
     )
-    return unet
 
 
 @torch.no_grad()

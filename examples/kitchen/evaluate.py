@@ -38,6 +38,7 @@ class EvaluateConfig:
     steps: int | None = None  # default: the checkpoint's
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
+    device: str | None = None  # default: cuda if there is one, else cpu
     seed: int = 0
 
 
@@ -57,7 +58,7 @@ def generate(pipeline: LegoPipeline, rows: Dataset, config: EvaluateConfig) -> t
             generator=[torch.Generator().manual_seed(config.seed + start + i) for i in range(len(batch))],
             output_type="pt",
         )
-        pictures.append(torch.as_tensor(result.images) * 2 - 1)
+        pictures.append(torch.as_tensor(result.images).cpu() * 2 - 1)
         descriptions += result.descriptions or []
     return torch.cat(pictures), descriptions
 
@@ -79,12 +80,14 @@ def main(config: EvaluateConfig) -> None:
     if len(rows) < config.pairs:
         raise SystemExit(f"error: `--data` must hold {config.pairs} pairs of split {config.split}, got {len(rows)}.")
     rows = rows.select(range(config.pairs))
-    pipeline = LegoPipeline.from_pretrained(config.model)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = LegoPipeline.from_pretrained(config.model).to(device)
     pipeline.set_progress_bar_config(disable=True)
     frames, masks = load_frames(rows), load_masks(rows, *rows[0]["image_0"].size[::-1])
     before, target, inside = to_unit(frames[:, 0]), to_unit(frames[:, 1]), masks.any(1)
     with torch.no_grad():
-        round_trip = torch.cat([pipeline.vae(batch).sample for batch in target.split(config.batch_size)])
+        batches = target.split(config.batch_size)
+        round_trip = torch.cat([pipeline.vae(batch.to(device)).sample.cpu() for batch in batches])
     generated, descriptions = generate(pipeline, rows, config)
     systems = {"input copied": before, "target through the autoencoder": round_trip, "LEGO": generated}
     outside = ~inside

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from lego_pipeline.data.boxes import box_mask
 from lego_pipeline.data.manifest import read_manifest
 
 
@@ -25,16 +26,6 @@ def load_frames(rows: Dataset, name: str = "read frames") -> torch.Tensor:
 def to_unit(frames: torch.Tensor) -> torch.Tensor:
     """uint8 -> float in [-1, 1]."""
     return frames.float() / 127.5 - 1
-
-
-def box_mask(boxes: list[dict], height: int, width: int) -> torch.Tensor:
-    """(height, width) bool, true inside any of the boxes (fractions of the frame), rounded outward."""
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    for box in boxes:
-        rows = slice(int(box["y0"] * height), -int(-box["y1"] * height // 1))
-        columns = slice(int(box["x0"] * width), -int(-box["x1"] * width // 1))
-        mask[rows, columns] = True
-    return mask
 
 
 def load_masks(rows: Dataset, height: int, width: int) -> torch.Tensor:

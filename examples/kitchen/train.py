@@ -38,8 +38,7 @@ from lego_pipeline import LegoPipeline
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.config import parse_config
 from lego_pipeline.data.embedding_cache import EmbeddingCache
-
-QUESTION = "How does the person properly {} that is displayed in the video frame?"
+from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask
 
 
 @dataclass(kw_only=True)
@@ -133,7 +132,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
 def start_vlm(run: Path, data: Path) -> None:
     """LLaVA around the trained vision tower, before tuning."""
     rows = read_split(data, "train")
-    questions = [QUESTION.format(action) for action in sorted(set(rows["action"][:]))]
+    questions = [ask(DEFAULT_QUESTION, action) for action in sorted(set(rows["action"][:]))]
     torch.manual_seed(0)
     tower = CLIPVisionModel.from_pretrained(run / "clip" / "vision_tower")
     vlm, processor = build_vlm([*rows["description"][:], *questions], tower)
@@ -175,7 +174,7 @@ def start_pipeline(run: Path) -> None:
         projector=build_projector(),
         vlm=AutoModelForImageTextToText.from_pretrained(run / "vlm" / "vlm"),
         vlm_processor=AutoProcessor.from_pretrained(run / "vlm" / "vlm"),
-        question_template=QUESTION,
+        question_template=DEFAULT_QUESTION,
         resolution=FRAME_SIZE,
         num_inference_steps=12,
         guidance_scale=2.0,

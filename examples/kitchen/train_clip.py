@@ -91,11 +91,7 @@ def main(config: TrainClipConfig) -> None:
             for i, moment, draw in zip(indices, moments, draws[:, 1].tolist(), strict=True)
         ]
         loss = contrastive_loss(similarity(indices, moments, texts), texts)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        steps.update(loss, clip.parameters(), optimizer, schedule)
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:
         clip = accelerator.unwrap_model(clip).eval()

@@ -94,11 +94,7 @@ def main(config: TrainVaeConfig) -> None:
         with torch.no_grad():
             latents = vae.encode(target).latent_dist.mode()
         loss = reconstruction_loss(decoder(latents), target, weight / weight.mean())
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        steps.update(loss, vae.decoder.parameters(), optimizer, schedule)
         ema.step(vae.decoder.parameters())
         steps.log(loss=loss.detach())
     if accelerator.is_main_process:

@@ -14,7 +14,7 @@ only whole shards and a kill costs the unwritten shard alone. Writers of several
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ def text_key(frame: str, question: str, **origin: Any) -> str:
 
 def vlm_key(vlm: torch.nn.Module) -> str:
     """Key of a VLM: its config and every weight."""
-    digest = hashlib.sha256(vlm.config.to_json_string().encode())
-    for name, tensor in vlm.state_dict().items():
+    return model_key(vlm, vlm.config.to_json_string())
+
+
+def model_key(model: torch.nn.Module, config: str) -> str:
+    """Key of a model: its config as text, and every weight."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -129,8 +134,8 @@ class EmbeddingCache:
         shard = self.folder / f"{self.prefix}-{number:06d}-{_digest(keys)[:8]}"
         kinds = ["text" if key in self._descriptions else "frame" for key in keys]
         index = pa.table({"key": keys, "kind": kinds, "description": [self._descriptions.get(key) for key in keys]})
-        _write_atomically(shard.with_suffix(".safetensors"), lambda path: save_file(self._unwritten, path))
-        _write_atomically(shard.with_suffix(".parquet"), lambda path: pq.write_table(index, path))
+        write_atomically(shard.with_suffix(".safetensors"), lambda path: save_file(self._unwritten, path))
+        write_atomically(shard.with_suffix(".parquet"), lambda path: pq.write_table(index, path))
         self._places.update(dict.fromkeys(keys, shard.with_suffix(".safetensors")))
         self._unwritten = {}
 
@@ -139,7 +144,8 @@ def _digest(facts: Iterable[Any], data: bytes = b"") -> str:
     return hashlib.sha256(json.dumps(list(facts), sort_keys=True).encode() + data).hexdigest()[:32]
 
 
-def _write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file beside `path`, then syncs and renames it, so that `path` is whole or absent."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write(unfinished)
     with open(unfinished, "rb+") as file:

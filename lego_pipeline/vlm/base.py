@@ -13,6 +13,29 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+# What the paper's VLM was tuned on, `{}` for the action.
+DEFAULT_QUESTION = "How does the person properly {} that is displayed in the video frame?"
+
+
+def check_question(template: str) -> None:
+    """The rule for every `question_template`.
+
+    Raises:
+        ValueError: it doesn't have exactly one `{}`.
+    """
+    if template.count("{}") != 1:
+        raise ValueError(
+            f"`question_template` must have exactly one {{}}, where the action goes, got {template!r}; write it there."
+        )
+
+
+def ask(template: str, action: str) -> str:
+    """The question about an action, e.g. "open drawer." as "How does the person properly open drawer ...?".
+
+    Spaces and full stops around the action are dropped, the same in tuning, in caching and in the pipeline.
+    """
+    return template.replace("{}", action.strip(" ."))
+
 
 @dataclass
 class Enhancement:

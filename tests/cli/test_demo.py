@@ -51,11 +51,19 @@ def test_the_sheet_is_written_with_what_is_on_it(
         (["--output", "demo.gif"], "must end in .png"),
     ],
 )
-def test_a_refused_request_says_why(
-    argv: list[str], expected: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_refused_request_says_why_and_writes_nothing(
+    argv: list[str],
+    expected: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert main(["demo", "--model", str(tiny_folder), *argv]) == 2
     assert expected in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_every_action_is_chosen_once_before_any_comes_twice() -> None:

@@ -46,10 +46,21 @@ def test_the_saved_file_holds_what_the_pipeline_gives(
         ([], "`--action` or `--description`"),
         (["--action", "a", "--output", "e.pt"], "must end in .safetensors"),
         (["--action", "a", "--seed=-1"], "`--seed`"),
+        (["--output", "new/e.safetensors"], "`--action` or `--description`"),
+        (["--action", "a", "--seed=-1", "--output", "new/e.safetensors"], "`--seed`"),
     ],
 )
-def test_a_refused_request_says_why(
-    argv: list[str], expected: str, picture: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_refused_request_says_why_and_writes_nothing(
+    argv: list[str],
+    expected: str,
+    picture: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert main(["enhance", "--model", str(tiny_folder), "--image", str(picture), *argv]) == 2
     assert expected in capsys.readouterr().err
+    assert not list(Path().iterdir())

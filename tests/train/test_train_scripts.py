@@ -275,10 +275,59 @@ def test_the_ldm_names_pairs_that_the_cache_lacks(data: Path, tiny_folder: Path,
         train_ldm.main(ldm_config(data, tiny_folder, tmp_path / "run", cache=tmp_path))
 
 
-def test_the_ldm_refuses_latents_of_other_data(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
-    torch.save((torch.zeros(3, 2, 6, 8, 8), torch.zeros(3, 6, 8, 8)), tmp_path / "latents-train.pt")
-    with pytest.raises(ValueError, match="must hold the latents of 4 pairs, got 3"):
-        train_ldm.main(ldm_config(data, tiny_folder, tmp_path, cache=cache))
+def test_the_ldm_encodes_frames_once(
+    data: Path, tiny_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_ldm.main(ldm_config(data, tiny_folder, tmp_path, cache=cache, max_steps=1))
+    assert len(list(tmp_path.glob("latents-train-*"))) == len(list(tmp_path.glob("latents-val-*"))) == 1
+
+    def encode(*args: Any) -> None:
+        raise AssertionError("frames are encoded again")
+
+    monkeypatch.setattr(train_ldm.PairTensors, "_encode_frames", encode)
+    train_ldm.main(ldm_config(data, tiny_folder, tmp_path, cache=cache, max_steps=2))
+    assert report(tmp_path)["step"] == 2
+
+
+def test_latents_are_found_by_autoencoder_size_ids_and_frames(data: Path, tiny_folder: Path) -> None:
+    rows = read_manifest(data / "train")
+    keys = [train_ldm.latents_key(LegoPipeline.from_pretrained(tiny_folder), rows) for _ in range(2)]
+    assert keys[0] == keys[1]
+    pipeline = LegoPipeline.from_pretrained(tiny_folder)
+    keys += [train_ldm.latents_key(pipeline, rows.select(order)) for order in ([0, 1, 2], [1, 0, 2, 3])]
+    swapped = rows.rename_columns({"image_0": "image_1", "image_1": "image_0"})
+    keys.append(train_ldm.latents_key(pipeline, swapped))
+    pipeline.register_to_config(resolution=64)
+    keys.append(train_ldm.latents_key(pipeline, rows))
+    next(pipeline.vae.parameters()).data[0] += 1
+    keys.append(train_ldm.latents_key(pipeline, rows))
+    pipeline.vae.register_to_config(scaling_factor=0.5)
+    keys.append(train_ldm.latents_key(pipeline, rows))
+    assert len(set(keys)) == len(keys) - 1
+
+
+def test_frames_in_files_of_a_metadata_folder_are_found_by_content(
+    data: Path, tiny_folder: Path, make_frame: Callable[..., PIL.Image.Image], tmp_path: Path
+) -> None:
+    pipeline, keys = LegoPipeline.from_pretrained(tiny_folder), set()
+    row = {"id": "a", "action": "open drawer", "split": "train"}
+    row |= {f"image_{k}_file_name": f"{k}.png" for k in (0, 1)}
+    for size in (32, 48):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        for k in (0, 1):
+            make_frame(size, size).save(folder / f"{k}.png")
+        (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+        keys.add(train_ldm.latents_key(pipeline, read_manifest(folder)))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("template", ["What?", "{} and {}"])
+def test_a_question_has_one_place_for_the_action(template: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`question_template` must have exactly one {}"):
+        vlm_config(data, tmp_path, tmp_path, question_template=template)
+    with pytest.raises(ValueError, match="`question_template` must have exactly one {}"):
+        cache_config(data, tmp_path, tmp_path, question_template=template)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
