@@ -122,12 +122,18 @@ def finish_folder(folder: Path) -> None:
     `lego.py` is what `DiffusionPipeline.from_pretrained(folder, custom_pipeline="lego")` looks for. The configs of
     transformers' components are made to say float32: their loader otherwise takes the dtype that the weights were
     saved in, while diffusers' takes float32, and a half-precision text encoder would meet a float32 UNet on the CPU.
+    Where the components came from on this machine is nobody's business and left out.
     """
     shutil.copyfile(Path(__file__).with_name("lego.py"), folder / "lego.py")
     for name in ("text_encoder", "vlm"):
         path = folder / name / "config.json"
         if path.is_file():
             config = _with_plain_dtype(json.loads(path.read_text(encoding="utf-8")))
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in [folder / "model_index.json", *folder.glob("*/*config.json")]:
+        text = path.read_text(encoding="utf-8")
+        if "_name_or_path" in text:
+            config = _without_origin(json.loads(text))
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_bpe_files(folder / "tokenizer")
 
@@ -149,6 +155,11 @@ def write_bpe_files(folder: Path) -> None:
 def _with_plain_dtype(config: dict[str, Any]) -> dict[str, Any]:
     changed = {key: _with_plain_dtype(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: PLAIN_DTYPE if key in ("dtype", "torch_dtype") else value for key, value in changed.items()}
+
+
+def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: _without_origin(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _check_component(folder: Path, variant: str | None) -> None:

@@ -293,3 +293,9 @@ def test_a_saved_tokenizer_has_the_files_of_the_older_layout_too(tiny_folder, ti
     vocab = json.loads((tiny_folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     assert vocab == tiny_components["tokenizer"].get_vocab()
     assert (tiny_folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8").startswith("#version")
+
+
+def test_a_saved_folder_does_not_tell_where_it_came_from(tiny_folder, tmp_path):
+    LegoPipeline.from_pretrained(tiny_folder).save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8")

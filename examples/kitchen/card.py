@@ -33,14 +33,15 @@ class CardConfig:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a log.jsonl; of steps that were repeated after a kill, the last."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
 
 
 def draw_curves(curves: dict[str, list[tuple[float, float]]], size: tuple[int, int] = (460, 260)) -> Image.Image:
     """Curves of (samples, loss), each in a panel of its own with its smallest and largest value written beside it."""
     width, height = size
-    sheet = Image.new("RGB", (width * 2, height * -(-len(curves) // 2)), "white")
+    sheet = Image.new("RGB", (width * 2, height * max(1, -(-len(curves) // 2))), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for number, (name, points) in enumerate(curves.items()):
         left, top = number % 2 * width + 60, number // 2 * height + 36
@@ -82,7 +83,8 @@ def stage_table(run: Path) -> str:
         step = report.pop("step")
         report.pop("finished")
         facts = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in report.items())
-        lines.append(f"| {name} | {step:,} | {log[-1]['samples']:,} | {log[-1]['loss']:.4f} | {facts} |")
+        seen, loss = (f"{log[-1]['samples']:,}", f"{log[-1]['loss']:.4f}") if log else ("", "")
+        lines.append(f"| {name} | {step:,} | {seen} | {loss} | {facts} |")
     return "\n".join(lines)
 
 
@@ -96,7 +98,9 @@ def main(config: CardConfig) -> None:
         for folder, name in STAGES.items()
     }
     config.pictures.mkdir(parents=True, exist_ok=True)
-    draw_curves(curves).quantize(16).save(config.pictures / "loss_curves.png", optimize=True)
+    draw_curves({name: points for name, points in curves.items() if points}).quantize(16).save(
+        config.pictures / "loss_curves.png", optimize=True
+    )
     for folder in STAGES:
         for name in ("log.jsonl", "validation.jsonl"):
             if (run / folder / name).exists():

@@ -49,10 +49,10 @@ class TrainKitchenConfig:
     test_pairs: int = 600  # in kitchens and with verb-noun combinations that training never sees
     workers: int = 2  # of rendering
     max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to the end
-    vae_steps: int = 3000  # of 8 frames
+    vae_steps: int = 4300  # of 8 frames
     clip_steps: int = 900  # of 64 frames
     vlm_steps: int = 800  # of 32 frames
-    ldm_steps: int = 3300  # of 48 pairs
+    ldm_steps: int = 2350  # of 48 pairs
     export: bool = False  # write the result to lego_pipeline/checkpoints/kitchen
     seed: int = 0
 
@@ -176,8 +176,8 @@ def start_pipeline(run: Path) -> None:
         vlm_processor=AutoProcessor.from_pretrained(run / "vlm" / "vlm"),
         question_template=DEFAULT_QUESTION,
         resolution=FRAME_SIZE,
-        num_inference_steps=12,
-        guidance_scale=2.0,
+        num_inference_steps=4,
+        guidance_scale=1.5,
         image_guidance_scale=1.0,
         max_new_tokens=48,
         temperature=0.2,

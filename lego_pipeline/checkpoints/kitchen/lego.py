@@ -1,0 +1,1 @@
+from lego_pipeline import LegoPipeline  # noqa: F401
