@@ -83,9 +83,9 @@ def test_settings_out_of_range_name_themselves():
 
 
 @pytest.mark.slow
-def test_the_inference_benchmark_reports_its_bars(tiny_folder, tmp_path):
+def test_the_inference_benchmark_reports_its_bars(tmp_path):
     path = tmp_path / "inference.json"
-    arguments = ["--model", tiny_folder, "--steps", "30", "--repeats", "5", "--threads", "1", "--device", "cpu"]
+    arguments = ["--steps", "10", "--repeats", "5", "--threads", "1", "--device", "cpu"]
     arguments += ["--quality-pairs", "0", "--json", path]
     command = [sys.executable, "benchmarks/inference.py", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -94,8 +94,7 @@ def test_the_inference_benchmark_reports_its_bars(tiny_folder, tmp_path):
     bars = json.loads(path.read_text())["unets"][0]["bars"]
     assert bars["max_difference"]["held"]
     assert bars["memory_ratio"]["held"]
-    # The bar is 1.0, by the wall clock, on a quiet machine, for the embedded checkpoint. Here the machine is shared,
-    # so processor time counts; and the UNet is so small that what a call costs once (our stages look the device up
-    # four times, diffusers' call twice: some milliseconds of Python) weighs percents even at 30 steps.
+    # The bar is 1.0, by the wall clock, on a quiet machine; the README has its numbers. A test runs on any machine,
+    # beside anything, so processor time counts here, with room for its noise.
     assert bars["speed_ratio"]["by_processor_time"] >= 0.9
     assert "| UNet, steps | saving | speed | processor time | arithmetic |" in done.stdout
