@@ -117,6 +117,7 @@ def main(config: CardConfig) -> None:
         results=results_table(results),
         nearer=100 * results["nearer_to_the_target_than_the_input_inside_boxes"],
         settings="\n".join(kept),
+        **{name: 100 * results["descriptions"][name] for name in ("equal", "hand", "colour")},
     )
     (config.model / "README.md").write_text(card)
 
@@ -171,7 +172,9 @@ Reproduce with `python -m examples.kitchen.evaluate` (its docstring has the whol
 
 {results}
 
-On {nearer:.0f} % of the pairs the generated frame is nearer to the target than the input is, inside the boxes.
+On {nearer:.0f} % of the pairs the generated frame is nearer to the target than the input is, inside the boxes. The
+VLM's description is the true one to the word on {equal:.0f} %; it names the right hand on {hand:.0f} % and, of those
+that have a colour, the right one on {colour:.0f} %.
 `docs/kitchen/contact_sheet.jpg` shows 24 cases drawn by seed, the unlucky ones too.
 
 ## Limits

@@ -63,6 +63,26 @@ def generate(pipeline: LegoPipeline, rows: Dataset, config: EvaluateConfig) -> t
     return torch.cat(pictures), descriptions
 
 
+def hand_of(text: str) -> str:
+    """The hand that a description lets act: left, right or both."""
+    left, right = ("left hand" in text, "right hand" in text)
+    return "both" if "both hands" in text or (left and right) else "left" if left else "right"
+
+
+def description_report(descriptions: list[str], rows: Dataset) -> dict[str, float | int]:
+    """Share of descriptions that equal the true one, name its hand, and name its colour where it has one."""
+    truths = rows["description"][:]
+    colours = [json.loads(slots).get("colour") for slots in rows["slots"][:]]
+    pairs = list(zip(descriptions, truths, colours, strict=True))
+    coloured = [colour in written.split() for written, _, colour in pairs if colour]
+    return {
+        "equal": round(sum(written == truth for written, truth, _ in pairs) / len(pairs), 3),
+        "hand": round(sum(hand_of(written) == hand_of(truth) for written, truth, _ in pairs) / len(pairs), 3),
+        "colour": round(sum(coloured) / max(1, len(coloured)), 3),
+        "with_colour": len(coloured),
+    }
+
+
 def interval(values: torch.Tensor) -> dict[str, float]:
     """Mean of (N,) values and its 95 % bootstrap interval (1000 resamples, seed 0)."""
     generator = torch.Generator().manual_seed(0)
@@ -104,6 +124,7 @@ def main(config: EvaluateConfig) -> None:
             name: getattr(config, name) for name in ("steps", "guidance_scale", "image_guidance_scale", "seed")
         },
         "psnr_db": table,
+        "descriptions": description_report(descriptions, rows),
         "nearer_to_the_target_than_the_input_inside_boxes": round(better.float().mean().item(), 3),
     }
     (config.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -113,6 +134,7 @@ def main(config: EvaluateConfig) -> None:
         print(
             f"| {name} |", " | ".join("{mean:.2f} ({low:.2f} to {high:.2f})".format(**v) for v in values.values()), "|"
         )
+    print("descriptions:", json.dumps(results["descriptions"]))
     if config.sheet:
         chosen = sorted(random.Random(config.seed).sample(range(len(rows)), min(config.sheet, len(rows))))
         shown = [images.to_pil((picture / 2 + 0.5).clamp(0, 1)) for picture in generated[chosen]]
