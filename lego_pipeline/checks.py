@@ -182,6 +182,7 @@ def warn_of_unknown_frames(statistics: dict[str, Any] | None, enhancements: Sequ
         return
     mean, scale = torch.tensor(statistics["mean"]), torch.tensor(statistics["scale"])
     features = torch.stack([item.image_embeds.float().mean(dim=0).cpu() for item in enhancements])  # (B, D)
+    features = features @ torch.tensor(statistics["directions"]).T  # (B, K)
     distances = ((features - mean) / scale).square().mean(dim=1).tolist()  # B
     far = [i for i, distance in enumerate(distances) if distance > statistics["limit"]]
     if far:

@@ -82,8 +82,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         num_inference_steps, guidance_scale, image_guidance_scale, guidance_interval: defaults of a call.
         max_new_tokens, temperature, top_k: how the VLM samples the description.
         vlm_dropout: whether the UNet was trained to do without the VLM's parts (a share of `train/train_ldm.py`).
-        frame_statistics: {"mean": D floats, "scale": D floats, "limit": float} of the training frames' mean-pooled
-            F_img; a frame whose mean squared z-score is above the limit draws a warning.
+        frame_statistics: {"directions": K lists of D floats, "mean": K floats, "scale": K floats, "limit": float} of
+            the training frames' mean-pooled F_img along K directions; a frame whose mean squared z-score is above the
+            limit draws a warning.
     """
 
     model_cpu_offload_seq = "vlm->text_encoder->projector->unet->vae"

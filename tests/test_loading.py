@@ -65,7 +65,7 @@ def test_a_second_round_trip_gives_the_same_frame_to_the_bit(tiny_folder, frame,
 
 
 def test_the_settings_of_the_pipeline_survive(make_tiny_pipeline, tmp_path):
-    statistics = {"mean": [0.5] * 32, "scale": [1.0] * 32, "limit": 4.0}
+    statistics = {"directions": [[0.1] * 32], "mean": [0.5], "scale": [1.0], "limit": 4.0}
     settings = {"guidance_interval": (0.25, 0.75), "frame_statistics": statistics, "question_template": "How {}?"}
     make_tiny_pipeline(**settings, vlm_dropout=True).save_pretrained(tmp_path)
     config = LegoPipeline.from_pretrained(tmp_path).config

@@ -493,7 +493,8 @@ def test_a_frame_far_from_the_training_frames_warns_by_number(make_tiny_pipeline
     frames = [make_frame(32, 32, 1), make_frame(32, 32, 9)]
     features = [item.image_embeds.mean(0) for item in make_tiny_pipeline().enhance(frames, ACTION)]
     scale = ((features[1] - features[0]).abs() / 3 + 1e-6).tolist()
-    statistics = {"mean": features[0].tolist(), "scale": scale, "limit": 4.0}
+    directions = torch.eye(len(scale)).tolist()
+    statistics = {"directions": directions, "mean": features[0].tolist(), "scale": scale, "limit": 4.0}
     pipe = make_tiny_pipeline(frame_statistics=statistics)
     with pytest.warns(UserWarning, match="has not seen frames like number 1 of this call"):
         pipe(frames, ACTION)

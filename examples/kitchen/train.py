@@ -17,6 +17,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -141,8 +142,12 @@ def start_vlm(run: Path, data: Path) -> None:
         processor.save_pretrained(folder)
 
 
-def frame_statistics(cache: Path) -> dict[str, list[float] | float]:
-    """Mean and spread of the training frames' pooled image embeddings, and the distance that none of them exceeds."""
+def frame_statistics(cache: Path) -> dict[str, Any]:
+    """How the training frames' pooled image embeddings vary least, and a distance that none of them comes near.
+
+    Frames of another kind stand out where the training frames hardly differ, so the distance is measured along the 32
+    principal directions of the least variance. The limit is 1.5 times the largest distance of a training frame.
+    """
     import pyarrow.parquet as pq
 
     embeddings = EmbeddingCache(cache)
@@ -150,12 +155,16 @@ def frame_statistics(cache: Path) -> dict[str, list[float] | float]:
         {key for file in cache.glob("pairs-train-*.pairs") for key in pq.read_table(file)["frame_key"].to_pylist()}
     )
     pooled = torch.stack([embeddings.tensor(key).float().mean(0) for key in keys])
-    mean, scale = pooled.mean(0), pooled.std(0)
-    distance = ((pooled - mean) / scale).square().mean(1)
+    directions = torch.linalg.eigh(torch.cov(pooled.T)).eigenvectors[:, :32].T  # (K, D), least variance first
+    directions = directions.mul(1e4).round() / 1e4  # as they are written
+    along = pooled @ directions.T  # (N, K)
+    mean, scale = along.mean(0), along.std(0).clamp_min(1e-4)
+    distance = ((along - mean) / scale).square().mean(1)
     return {
-        "mean": [round(value, 4) for value in mean.tolist()],
-        "scale": [round(value, 4) for value in scale.tolist()],
-        "limit": round(2 * distance.max().item(), 2),
+        "directions": [[round(value, 4) for value in row] for row in directions.tolist()],
+        "mean": [round(value, 5) for value in mean.tolist()],
+        "scale": [round(value, 6) for value in scale.tolist()],
+        "limit": round(1.5 * distance.max().item(), 2),
     }
 
 

@@ -127,10 +127,11 @@ def test_frame_statistics_are_those_of_the_training_frames(tmp_path):
         pq.write_table(table, tmp_path / f"pairs-{split}-0.pairs")
     pooled = torch.stack([frames[f"f{i}"].float().mean(0) for i in range(4)])
     statistics = frame_statistics(tmp_path)
-    torch.testing.assert_close(torch.tensor(statistics["mean"]), pooled.mean(0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(torch.tensor(statistics["scale"]), pooled.std(0), atol=1e-4, rtol=0)
-    distances = ((pooled - pooled.mean(0)) / pooled.std(0)).square().mean(1)
-    assert statistics["limit"] == pytest.approx(2 * distances.max().item(), abs=0.01)
+    along = pooled @ torch.tensor(statistics["directions"]).T
+    torch.testing.assert_close(torch.tensor(statistics["mean"]), along.mean(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor(statistics["scale"]), along.std(0), atol=1e-3, rtol=0)
+    distances = ((along - along.mean(0)) / along.std(0)).square().mean(1)
+    assert statistics["limit"] == pytest.approx(1.5 * distances.max().item(), abs=0.05)
 
 
 @pytest.mark.slow
