@@ -158,6 +158,6 @@ def test_a_killed_chain_goes_on_to_a_checkpoint_that_is_evaluated_and_described(
     ):  # fmt: skip
         words = [sys.executable, "-m", f"examples.kitchen.{module}", *map(str, arguments)]
         subprocess.run(words, cwd=ROOT, env=environment, check=True)
-    names = {"results.json", "contact_sheet.jpg", "loss_curves.png"}
-    assert {path.name for path in results.iterdir()} == names
+    names = {"results.json", "contact_sheet.jpg", "loss_curves.png", "ldm_validation.jsonl"}
+    assert {path.name for path in results.iterdir()} == names  # no log.jsonl: two steps are no logging interval
     assert "On " in (model / "README.md").read_text()
