@@ -9,7 +9,7 @@ import torch
 
 from lego_pipeline.conditioning import drop_conditions
 
-PARITY = Path(os.environ.get("LEGO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")) / "parity"
+PARITY = Path(os.environ.get("LEGO_REFERENCE_DIR", "reference")) / "parity"
 CONDITION, NULL, LATENTS = torch.full((1, 5, 4), 2.0), torch.full((1, 5, 4), -1.0), torch.full((1, 3, 2, 2), 3.0)
 
 

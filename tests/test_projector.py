@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lego_pipeline.projector import LegoProjector
 
 GOLDEN = Path(__file__).parent / "golden" / "projector.npz"
-PARITY = Path(os.environ.get("LEGO_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference")) / "parity"
+PARITY = Path(os.environ.get("LEGO_REFERENCE_DIR", "reference")) / "parity"
 RELEASED_NAMES = {
     "projection_img": "image_projection",
     "projection_txt": "text_projection",

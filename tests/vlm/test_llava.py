@@ -20,7 +20,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from lego_pipeline.vlm import family_of, llava
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sampling.npz"
-REFERENCE = Path(os.environ.get("LEGO_REFERENCE_DIR", Path(__file__).parents[3] / "shared" / "reference")) / "vllm"
+REFERENCE = Path(os.environ.get("LEGO_REFERENCE_DIR", "reference")) / "vllm"
 QUESTIONS = ["How does one open the drawer?", "How does the person properly wash a plate?", "Why?"]
 DESCRIPTIONS = ["She pulls.", "With the left hand, the person holds the plate.", "x"]
 
