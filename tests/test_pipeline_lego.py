@@ -3,6 +3,7 @@
 import importlib.util
 
 import numpy as np
+import peft
 import PIL.Image
 import pytest
 import torch
@@ -618,7 +619,6 @@ def test_a_compiled_unet_gives_the_same_frame_without_graph_breaks(tiny_pipeline
 
 
 def test_a_lora_of_the_unet_acts_with_its_scale(tiny_pipeline, frame, tmp_path):
-    peft = pytest.importorskip("peft")
     plain = tiny_pipeline(frame, ACTION, generator=seeded(), output_type="np").images
     lora = peft.LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
     tiny_pipeline.unet.add_adapter(lora)
@@ -631,12 +631,9 @@ def test_a_lora_of_the_unet_acts_with_its_scale(tiny_pipeline, frame, tmp_path):
 
 
 def test_a_lora_file_loads_into_the_unet(make_tiny_pipeline, frame, tmp_path):
-    peft = pytest.importorskip("peft")
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
     pipe, other = make_tiny_pipeline(), make_tiny_pipeline()
     pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
-    LegoPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    LegoPipeline.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
     other.load_lora_weights(tmp_path)
     first, second = (p(frame, ACTION, generator=seeded(), output_type="np").images for p in (pipe, other))
     np.testing.assert_allclose(first, second, atol=1e-6)
