@@ -1,17 +1,47 @@
-"""One flat dataclass per training script serves its config file and its flags: defaults < `--config` < flags."""
+"""One flat dataclass per training script serves its config file and its flags: defaults < `--config` < flags.
+
+A config file holds either the settings of one script, or sections named after scripts (`tune_vlm:`, `train_ldm:`), of
+which a script reads its own; the name is that of its dataclass, `TrainLdmConfig` reads `train_ldm`.
+"""
 
 import dataclasses
 import difflib
+import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
+logger = logging.getLogger(__name__)
+
 Config = TypeVar("Config")
+
+
+def run(main: Callable[[Config], None], config_class: type[Config], description: str | None = None) -> None:
+    """A script's `main` with its settings; a mistake or a full disk ends it with one line and exit code 1.
+
+    Args:
+        main: takes the settings.
+        config_class: see `parse_config`.
+        description: the script's docstring.
+    """
+    config = parse_config(config_class, description)
+    try:
+        main(config)
+    except (ValueError, OSError, ImportError) as error:
+        logger.debug("ended by", exc_info=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def section_of(config_class: type) -> str:
+    """Name of a script's section in a config file: `train_ldm` of `TrainLdmConfig`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", config_class.__name__.removesuffix("Config")).lower()
 
 
 def parse_config(
@@ -21,6 +51,7 @@ def parse_config(
 
     Args:
         config_class: keyword-only dataclass with flat fields; its `__post_init__` checks ranges and raises ValueError.
+            `report() -> str`, if it has one, is printed by `--dry-run` below the settings, as comments.
         description: shown by `--help`, usually the script's docstring.
         arguments: instead of the command line, for tests.
 
@@ -42,22 +73,30 @@ def parse_config(
         shared = "--config FILE.yaml gives defaults for the flags below; --dry-run prints the settings and stops."
         text = f"{description or config_class.__doc__}\n\n{shared}"
         config = tyro.cli(config_class, description=text, args=arguments, default=default)
+        report = config.report() if dry_run and hasattr(config, "report") else ""
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if dry_run:
-        print(to_yaml(config), end="")
+        print(to_yaml(config), *(f"# {line}".rstrip() + "\n" for line in report.splitlines()), sep="", end="")
         raise SystemExit(0)
     return config
 
 
 def to_yaml(config: Any) -> str:
     """The settings as YAML that `--config` reads back."""
-    values = {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(plain_values(config), sort_keys=False)
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+    """The settings as YAML and JSON hold them: paths as text, tuples as lists."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -74,37 +113,78 @@ def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]
 def _read_yaml(config_class: type, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"`--config` must be a YAML file, found none at {path}.")
-    values = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(content).__name__}.")
     fields = [field.name for field in dataclasses.fields(config_class)]  # ty: ignore[invalid-argument-type]
     hints = get_type_hints(config_class)
+    values = _section(config_class, content, path)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(fields)}."
-            raise ValueError(f"{path}: unknown setting `{key}`; {hint}")
+            raise ValueError(f"{path}: unknown setting `{key}`; {_nearest(key, fields)}")
         values[key] = _converted(values[key], hints[key], f"{path}: `{key}`")
     return values
 
 
+def _section(config_class: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of one script: a file without sections as it is, otherwise the script's own section."""
+    sections = [name for name, value in content.items() if isinstance(value, dict)]
+    if not sections:
+        return content
+    # A section without a line in it reads as null.
+    loose = [name for name, value in content.items() if value is not None and name not in sections]
+    if loose:
+        raise ValueError(
+            f"{path} must hold either settings or sections named after scripts, got `{loose[0]}` beside the section "
+            f"`{sections[0]}`; move it into a section."
+        )
+    own = section_of(config_class)
+    if own not in content:
+        raise ValueError(f"{path} must have a section `{own}` for this script; {_nearest(own, list(content))}")
+    return content[own] or {}
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known are {', '.join(map(str, known))}."
+
+
 def _converted(value: Any, hint: Any, name: str) -> Any:
     """A value from YAML in the type of its field."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
-    kinds = [get_origin(member) or member for member in members]
-    if type(value) in kinds:
-        return value
-    if Path in kinds and isinstance(value, str):
-        return Path(value)
-    if tuple in kinds and isinstance(value, list):
-        return tuple(value)
-    if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool):
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for member in members:
         try:
-            return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
-        except ValueError:
-            pass
-    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{name} must be {expected}, got {value!r}.")
+            return _as_type(value, member)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(f"{name} must be {' or '.join(_spelt(member) for member in members)}, got {value!r}.")
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    """A value from YAML as one type without alternatives; TypeError or ValueError if it is not of that type."""
+    if get_origin(hint) is Literal and value in get_args(hint):
+        return value
+    if get_origin(hint) is tuple and isinstance(value, list):
+        kind = get_args(hint)[0]
+        return tuple(_as_type(item, kind) for item in value)
+    if type(value) is hint:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
+    raise TypeError
+
+
+def _spelt(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {_spelt(get_args(hint)[0])}"
+    return "null" if hint is NoneType else hint.__name__
 
 
 def _without_checks(config_class: type[Config], values: dict[str, Any]) -> Config:

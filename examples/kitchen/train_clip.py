@@ -18,8 +18,8 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPVisionMode
 
 from examples.kitchen.components import build_clip, build_clip_tokenizer, build_image_processor, save_clip_tokenizer
 from examples.kitchen.frames import load_frames, read_split
-from lego_pipeline.config import parse_config
-from lego_pipeline.training import ResumableSteps
+from lego_pipeline.config import run
+from lego_pipeline.training import ResumableSteps, SampleOrder, resume_settings
 
 
 @dataclass(kw_only=True)
@@ -76,9 +76,10 @@ def main(config: TrainClipConfig) -> None:
     steps = ResumableSteps(
         accelerator,
         config.output_dir,
-        num_samples=len(frames),
+        order=SampleOrder([len(frames)], seed=config.seed),
         batch_size=config.batch_size,
         max_steps=config.max_steps,
+        settings=resume_settings(config),
         max_minutes=config.max_minutes,
         seed=config.seed,
         name="CLIP",
@@ -118,4 +119,4 @@ def main(config: TrainClipConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(TrainClipConfig, __doc__))
+    run(main, TrainClipConfig, __doc__)

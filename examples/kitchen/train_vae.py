@@ -17,8 +17,8 @@ from diffusers.optimization import get_scheduler
 
 from examples.kitchen.components import build_vae
 from examples.kitchen.frames import load_frames, load_masks, psnr, read_split, to_unit
-from lego_pipeline.config import parse_config
-from lego_pipeline.training import ResumableEma, ResumableSteps
+from lego_pipeline.config import run
+from lego_pipeline.training import ResumableEma, ResumableSteps, SampleOrder, resume_settings
 
 
 @dataclass(kw_only=True)
@@ -81,9 +81,10 @@ def main(config: TrainVaeConfig) -> None:
     steps = ResumableSteps(
         accelerator,
         config.output_dir,
-        num_samples=len(frames),
+        order=SampleOrder([len(frames)], seed=config.seed),
         batch_size=config.batch_size,
         max_steps=config.max_steps,
+        settings=resume_settings(config),
         max_minutes=config.max_minutes,
         seed=config.seed,
         name="VAE decoder",
@@ -110,4 +111,4 @@ def main(config: TrainVaeConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(TrainVaeConfig, __doc__))
+    run(main, TrainVaeConfig, __doc__)
