@@ -34,6 +34,11 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from lego_pipeline.pipeline_lego import LegoPipeline
@@ -48,6 +53,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+QWEN_TOKENS += ["<|video_pad|>"]
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -128,6 +141,62 @@ def tiny_vlm(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
+def tiny_qwen_processor() -> Qwen3VLProcessor:
+    """As `tiny_vlm_processor` for Qwen3-VL: every frame becomes 64 pixels wide and high, 4 image tokens."""
+    letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    backend = Tokenizer(BPE({token: i for i, token in enumerate([*QWEN_TOKENS, *letters])}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        | {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+    )
+    size = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
+    image_processor = Qwen2VLImageProcessorPil(size=size, patch_size=16, merge_size=2)
+    return Qwen3VLProcessor(image_processor, tokenizer, Qwen3VLVideoProcessor(), chat_template=QWEN_CHAT_TEMPLATE)
+
+
+def tiny_qwen(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+    """Qwen3-VL with two deep-stack layers, random weights from seed 0, global generator untouched."""
+    vision_config = Qwen3VLVisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=VLM_DIM,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )
+    text_config = Qwen3VLTextConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=VLM_DIM,
+        intermediate_size=48,
+        num_hidden_layers=3,  # what is added after the last layer would reach no answer
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+        | {"mrope_interleaved": True},
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    config = Qwen3VLConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=QWEN_TOKENS.index("<|image_pad|>"),
+        video_token_id=QWEN_TOKENS.index("<|video_pad|>"),
+        vision_start_token_id=QWEN_TOKENS.index("<|vision_start|>"),
+        vision_end_token_id=QWEN_TOKENS.index("<|vision_end|>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
+
+
 def build_components(folder: Path) -> dict[str, Any]:
     """All components of a LegoPipeline at tiny size, random weights from seed 0, global generator untouched."""
     with torch.random.fork_rng():
@@ -184,6 +253,13 @@ def build_components(folder: Path) -> dict[str, Any]:
 def tiny_components(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Components of the session; copy before changing one."""
     return build_components(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_vlm() -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
+    """A second VLM family's model and processor; copy before changing one."""
+    processor = tiny_qwen_processor()
+    return tiny_qwen(processor), processor
 
 
 @pytest.fixture(scope="session")

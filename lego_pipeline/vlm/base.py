@@ -102,8 +102,30 @@ def wake(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device if device is None else device
 
 
+def base_model(vlm: Any) -> Any:
+    """The transformers model inside a peft wrapper (its adapter stays active), or the model itself."""
+    return vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm
+
+
+def active_module(module: torch.nn.Module) -> torch.nn.Module:
+    """The trained copy of a module that peft keeps beside the original (`modules_to_save`), or the module itself."""
+    copies, names = getattr(module, "modules_to_save", None), getattr(module, "active_adapters", [])
+    return copies[names[0]] if copies is not None and names else module
+
+
 class VlmFamily(Protocol):
-    """The functions of a family module, e.g. `lego_pipeline.vlm.llava`."""
+    """The functions of a family module, e.g. `lego_pipeline.vlm.llava`.
+
+    A frame passes two stages. `frame_states` is all that the language model needs of it, before the connector, the
+    VLM's projector, where a family has one that can be told apart: (N_i, K). With it given to `generate` and `embed`
+    no vision module is called. `image_embeds` makes F_img (N_i, D) of it by the connector alone, which is rebuilt
+    without the VLM by `build_connector(connector_settings(vlm))` and its state dict.
+    """
+
+    @property
+    def LORA_TARGETS(self) -> str:
+        """Regular expression that matches the names of the language model's linear layers in full."""
+        ...
 
     def generate(
         self,
@@ -116,6 +138,7 @@ class VlmFamily(Protocol):
         temperature: float,
         top_k: int,
         generators: Sequence[torch.Generator | None] | None,
+        frame_states: Sequence[torch.Tensor] | None = None,
     ) -> list[str]: ...
 
     def embed(
@@ -125,7 +148,20 @@ class VlmFamily(Protocol):
         images: Sequence[PIL.Image.Image],
         questions: Sequence[str],
         descriptions: Sequence[str],
+        frame_states: Sequence[torch.Tensor] | None = None,
     ) -> list[Enhancement]: ...
+
+    def frame_states(self, vlm: Any, processor: Any, images: Sequence[PIL.Image.Image]) -> list[torch.Tensor]: ...
+
+    def connector(self, vlm: Any) -> torch.nn.Module: ...
+
+    def connector_settings(self, vlm: Any) -> dict[str, Any]: ...
+
+    def build_connector(self, settings: dict[str, Any]) -> torch.nn.Module: ...
+
+    def image_embeds(self, connector: torch.nn.Module, states: torch.Tensor, dim: int) -> torch.Tensor: ...
+
+    def sizes(self, vlm: Any, processor: Any) -> tuple[int, int]: ...
 
     def training_batch(
         self,
@@ -135,4 +171,8 @@ class VlmFamily(Protocol):
         descriptions: Sequence[str],
     ) -> dict[str, torch.Tensor]: ...
 
+    def vision_modules(self, vlm: Any) -> list[torch.nn.Module]: ...
+
     def language_modules(self, vlm: Any) -> list[torch.nn.Module]: ...
+
+    def connector_names(self, vlm: Any) -> list[str]: ...

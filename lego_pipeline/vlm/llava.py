@@ -1,12 +1,9 @@
 """LLaVA through `LlavaForConditionalGeneration`: describe an action in a frame, and embed frame and description.
 
-The conversation is laid out by the processor's own chat template: one user turn with the image and the question, one
-assistant turn with the description. Text states are those that *predict* each answer token, end token included: with
-P prompt positions (image expanded) and T answer tokens, positions P-1 ... P+T-2 of the last layer after the final
-norm. One teacher-forced forward gives the same rows as step-by-step generation (`BolinLai/LEGO:
-vllm/llava/eval/run_llava_in_loop.py`), so a description written by hand takes the same way as a generated one.
+The conversation, its text states and sampling are those of `lego_pipeline.vlm.chat`. The frame's states are the
+vision tower's, as the config selects them; the connector is the multimodal projector.
 
-Letters: B batch, N_i image tokens, T answer tokens, D hidden width, V vocabulary.
+Letters: B batch, N_i image tokens, D_v width of the vision states, T answer tokens, D hidden width.
 """
 
 from collections.abc import Sequence
@@ -14,63 +11,26 @@ from typing import Any
 
 import PIL.Image
 import torch
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from lego_pipeline.vlm.base import Enhancement, wake
+from lego_pipeline.vlm import chat
+from lego_pipeline.vlm.base import Enhancement, active_module, base_model, wake
+from lego_pipeline.vlm.chat import answer_ids
 
-
-class SampleByGumbelNoise(LogitsProcessor):
-    """Turns greedy search into sampling with a generator of its own for each row (the Gumbel-max trick).
-
-    argmax(logits / temperature + Gumbel noise) is distributed as softmax(logits / temperature). The noise of a row
-    comes from that row's generator alone, so a sample depends neither on its batch nor on the global generator.
-    """
-
-    def __init__(self, generators: Sequence[torch.Generator], temperature: float, top_k: int):
-        self.generators, self.temperature, self.top_k = generators, temperature, top_k
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.float() / self.temperature  # (B, V)
-        if self.top_k and self.top_k < scores.shape[-1]:
-            lowest = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < lowest, -torch.inf)
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=g, device=g.device) for g in self.generators])
-        exponential = -torch.log(uniform.clamp(1e-38, 1 - 1e-7))
-        return scores - torch.log(exponential).to(scores.device)
+LORA_TARGETS = chat.LANGUAGE_LINEARS
 
 
-def prompt_text(processor: Any, question: str) -> str:
-    """Conversation up to where the answer begins, image placeholder included."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def answer_ids(processor: Any, description: str) -> list[int]:
-    """Token ids of an answer with its end token, tokenised apart from the prompt so that the prompt stays fixed."""
-    tokenizer = processor.tokenizer
-    return [*tokenizer(description.strip(), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-
-
-def prompt_inputs(processor: Any, images: Sequence[PIL.Image.Image], questions: Sequence[str]) -> list[dict]:
+def prompt_inputs(
+    processor: Any, images: Sequence[PIL.Image.Image], questions: Sequence[str]
+) -> list[dict[str, torch.Tensor]]:
     """Processor output of each sample alone: `input_ids` (1, P), `pixel_values` (1, 3, H, W)."""
-    return [
-        processor(images=image.convert("RGB"), text=prompt_text(processor, question), return_tensors="pt")
-        for image, question in zip(images, questions, strict=True)
-    ]
+    return chat.prompt_inputs(processor, [image.convert("RGB") for image in images], questions)
 
 
-def pad_sequences(rows: Sequence[torch.Tensor], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stacks 1-D id tensors to (B, L) with padding on `side`, and their attention mask."""
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), None) if side == "left" else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
-
-
-@torch.no_grad()
 def generate(
     vlm: Any,
     processor: Any,
@@ -81,6 +41,7 @@ def generate(
     temperature: float = 0.2,
     top_k: int = 50,
     generators: Sequence[torch.Generator | None] | None = None,
+    frame_states: Sequence[torch.Tensor] | None = None,
 ) -> list[str]:
     """Descriptions of how the asked actions are carried out in the frames.
 
@@ -91,6 +52,7 @@ def generate(
         temperature: 0 takes the likeliest token; the release samples at 0.2.
         top_k: number of candidates per token, 0 for all.
         generators: one per sample; a missing one is seeded freshly, the global generator is never used.
+        frame_states: B results of the function of this name; given, the vision tower is not called.
 
     Returns:
         B stripped texts without special tokens.
@@ -99,29 +61,19 @@ def generate(
         ValueError: a question leaves no room for the answer.
     """
     inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
-    tokenizer = processor.tokenizer
-    ids, mask = pad_sequences([item["input_ids"][0] for item in inputs], tokenizer.pad_token_id, "left")
-    _check_room(vlm, ids.shape[1], max_new_tokens)
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        given = list(generators or [None] * len(images))
-        own = [generator or _fresh_generator() for generator in given]
-        processors.append(SampleByGumbelNoise(own, temperature, top_k))
-    sequences = vlm.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(device, vlm.dtype),
+    with torch.no_grad():
+        features = _projected(vlm, inputs, frame_states, device)
+    return chat.generate(
+        vlm,
+        processor,
+        inputs,
+        _image_outputs(features),
+        device,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        logits_processor=processors,
+        temperature=temperature,
+        top_k=top_k,
+        generators=generators,
     )
-    answers = tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
 
 
 def embed(
@@ -130,11 +82,12 @@ def embed(
     images: Sequence[PIL.Image.Image],
     questions: Sequence[str],
     descriptions: Sequence[str],
+    frame_states: Sequence[torch.Tensor] | None = None,
 ) -> list[Enhancement]:
     """Embeddings of frames and descriptions by one teacher-forced forward.
 
     Args:
-        images, questions: as for `generate`.
+        images, questions, frame_states: as for `generate`.
         descriptions: B answers, generated or written by hand.
 
     Returns:
@@ -145,26 +98,60 @@ def embed(
         ValueError: a question and its description are longer than what the VLM reads.
     """
     inputs, device = prompt_inputs(processor, images, questions), wake(vlm)
-    answers = [torch.tensor(answer_ids(processor, description)) for description in descriptions]
-    rows = [torch.cat([item["input_ids"][0], answer]) for item, answer in zip(inputs, answers, strict=True)]
-    for row, answer in zip(rows, answers, strict=True):
-        _check_room(vlm, len(row) - len(answer), len(answer))
-    ids, mask = pad_sequences(rows, processor.tokenizer.pad_token_id, "right")
-    output = vlm(  # not `vlm.model`, whose call an offloaded VLM wouldn't notice
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        pixel_values=torch.cat([item["pixel_values"] for item in inputs]).to(device, vlm.dtype),
-        output_hidden_states=True,
-        logits_to_keep=1,
+    answers = [answer_ids(processor, description) for description in descriptions]
+    features = _projected(vlm, inputs, frame_states, device)
+    states = chat.text_states(vlm, processor, inputs, answers, _image_outputs(features), device)
+    return [Enhancement(*row) for row in zip(descriptions, features, states, strict=True)]
+
+
+@torch.no_grad()
+def frame_states(vlm: Any, processor: Any, images: Sequence[PIL.Image.Image]) -> list[torch.Tensor]:
+    """States of the vision tower before the projector, in the layers and places that the VLM's config selects.
+
+    Returns:
+        B tensors (N_i, D_v) on the VLM's device.
+    """
+    inputs = prompt_inputs(processor, images, [""] * len(images))
+    return list(_vision_states(base_model(vlm), inputs, wake(vlm)))
+
+
+def connector(vlm: Any) -> torch.nn.Module:
+    """The multimodal projector, D_v -> D."""
+    return active_module(base_model(vlm).model.multi_modal_projector)
+
+
+def connector_settings(vlm: Any) -> dict[str, Any]:
+    """What `build_connector` needs, as JSON has it."""
+    layers, config = connector(vlm), base_model(vlm).config
+    return {
+        "vision_dim": layers.linear_1.in_features,
+        "dim": layers.linear_1.out_features,
+        "activation": config.projector_hidden_act,
+        "bias": layers.linear_1.bias is not None,
+    }
+
+
+def build_connector(settings: dict[str, Any]) -> torch.nn.Module:
+    """A multimodal projector without the VLM around it; its weights are loaded afterwards."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=settings["vision_dim"], num_attention_heads=1),
+        text_config=LlamaConfig(hidden_size=settings["dim"], num_attention_heads=1),
+        projector_hidden_act=settings["activation"],
+        multimodal_projector_bias=settings["bias"],
     )
-    states = output.hidden_states[-1]  # (B, L, D), after the final norm
-    image_embeds = output.image_hidden_states.reshape(len(images), -1, states.shape[-1])  # (B, N_i, D)
-    enhancements = []
-    for i, (item, answer) in enumerate(zip(inputs, answers, strict=True)):
-        first = item["input_ids"].shape[1] - 1
-        text_embeds = states[i, first : first + len(answer)]
-        enhancements.append(Enhancement(descriptions[i], image_embeds[i], text_embeds))
-    return enhancements
+    return LlavaMultiModalProjector(config)
+
+
+def image_embeds(connector: torch.nn.Module, states: torch.Tensor, dim: int) -> torch.Tensor:
+    """F_img (..., N_i, D) of frame states (..., N_i, D_v), computed where and in what the connector's weights are."""
+    weight = next(connector.parameters())
+    return connector(states.to(weight.device, weight.dtype))
+
+
+def sizes(vlm: Any, processor: Any) -> tuple[int, int]:
+    """(N_i, D): image tokens of a frame and hidden width of the language model."""
+    vlm, frame = base_model(vlm), PIL.Image.new("RGB", (64, 64))
+    return chat.count_image_tokens(vlm, prompt_inputs(processor, [frame], [""])[0]), vlm.config.text_config.hidden_size
 
 
 def training_batch(
@@ -179,33 +166,48 @@ def training_batch(
         `input_ids`, `attention_mask`, `labels` (B, L) long, labels -100 at prompt, image and padding positions, and
         `pixel_values` (B, 3, H, W) float.
     """
-    inputs = prompt_inputs(processor, images, questions)
-    answers = [torch.tensor(answer_ids(processor, description)) for description in descriptions]
-    prompts = [item["input_ids"][0] for item in inputs]
-    rows = [torch.cat([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
-    ids, mask = pad_sequences(rows, processor.tokenizer.pad_token_id, "right")
-    labels = ids.masked_fill(mask == 0, -100)
-    for i, prompt in enumerate(prompts):
-        labels[i, : len(prompt)] = -100
-    pixel_values = torch.cat([item["pixel_values"] for item in inputs])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixel_values}
+    answers = [answer_ids(processor, description) for description in descriptions]
+    return chat.with_labels(prompt_inputs(processor, images, questions), answers, processor.tokenizer.pad_token_id)
+
+
+def vision_modules(vlm: Any) -> list[torch.nn.Module]:
+    """What `frame_states` depends on: the vision tower."""
+    return [base_model(vlm).model.vision_tower]
 
 
 def language_modules(vlm: Any) -> list[torch.nn.Module]:
     """The parts that instruction tuning trains: multimodal projector, language model and head."""
+    vlm = base_model(vlm)
     return [vlm.model.multi_modal_projector, vlm.model.language_model, vlm.lm_head]
 
 
-def _check_room(vlm: Any, num_prompt: int, num_answer: int) -> None:
-    length = vlm.config.text_config.max_position_embeddings
-    if num_prompt + num_answer > length:
-        raise ValueError(
-            f"`action` and `description` must fit into the {length} tokens that the VLM reads, got {num_prompt} of "
-            f"frame and question and up to {num_answer} of the description; pass shorter texts."
-        )
+def connector_names(vlm: Any) -> list[str]:
+    """Modules that tuning by adapters trains as a whole."""
+    return ["multi_modal_projector"]
 
 
-def _fresh_generator() -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed()
-    return generator
+def _vision_states(vlm: Any, inputs: Sequence[dict[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """(B, N_i, D_v), as `LlavaModel.get_image_features` selects them."""
+    tower, config = vlm.model.vision_tower, vlm.config
+    pixels = torch.cat([item["pixel_values"] for item in inputs]).to(device, tower.dtype)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [layer[:, 1:] for layer in chosen]
+    return torch.cat(chosen, dim=-1)
+
+
+def _projected(
+    vlm: Any, inputs: Sequence[dict[str, torch.Tensor]], states: Sequence[torch.Tensor] | None, device: torch.device
+) -> list[torch.Tensor]:
+    """F_img (N_i, D) of each sample."""
+    vlm = base_model(vlm)
+    together = _vision_states(vlm, inputs, device) if states is None else torch.stack(list(states))
+    projector = vlm.model.multi_modal_projector
+    return list(projector(together.to(device, next(projector.parameters()).dtype)))
+
+
+def _image_outputs(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
+    """F_img of each frame as `get_image_features` returns it: a list, whatever the field's declaration says."""
+    return BaseModelOutputWithPooling(pooler_output=features)  # ty: ignore[invalid-argument-type]

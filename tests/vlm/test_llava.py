@@ -17,9 +17,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from lego_pipeline.vlm import family_of, llava
+from lego_pipeline.vlm import chat, llava
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "sampling.npz"
 REFERENCE = Path(os.environ.get("LEGO_REFERENCE_DIR", "reference")) / "vllm"
 QUESTIONS = ["How does one open the drawer?", "How does the person properly wash a plate?", "Why?"]
 DESCRIPTIONS = ["She pulls.", "With the left hand, the person holds the plate.", "x"]
@@ -48,7 +47,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 @torch.no_grad()
 def last_state(vlm: Any, processor: Any, image: PIL.Image.Image, question: str, answer: list[int]) -> torch.Tensor:
     """Last-layer state after the final norm at the last position of prompt + answer tokens: (D,)."""
-    inputs = processor(images=image, text=llava.prompt_text(processor, question), return_tensors="pt")
+    inputs = processor(images=image, text=chat.prompt_text(processor, question), return_tensors="pt")
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
     return vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"]).last_hidden_state[0, -1]
 
@@ -150,24 +149,6 @@ def test_temperature_zero_and_top_one_agree(vlm: Any, processor: Any, frames: li
     assert greedy == top_one
 
 
-def test_gumbel_noise_draws_from_the_softmax() -> None:
-    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    sample = llava.SampleByGumbelNoise(generators(0), temperature=0.7, top_k=3)
-    drawn = torch.tensor([sample(torch.zeros(1, 1, dtype=torch.long), scores).argmax().item() for _ in range(4000)])
-    share = torch.bincount(drawn, minlength=4) / 4000
-    expected = (scores[0, :3] / 0.7).softmax(0)
-    assert torch.allclose(share[:3], expected, atol=0.025)
-    assert share[3] == 0
-
-
-def test_sampling_is_that_of_the_golden_arrays() -> None:
-    golden = np.load(GOLDEN)
-    sample = llava.SampleByGumbelNoise(generators(0, 1, 2), temperature=0.7, top_k=5)
-    ids = torch.zeros(3, 1, dtype=torch.long)
-    tokens = [sample(ids, torch.from_numpy(scores)).argmax(-1).tolist() for scores in golden["scores"]]
-    assert tokens == golden["tokens"].tolist()
-
-
 def test_the_loss_counts_the_answer_with_its_end_and_nothing_else(processor: Any, frames: list) -> None:
     batch = llava.training_batch(processor, frames, QUESTIONS, DESCRIPTIONS)
     for i, description in enumerate(DESCRIPTIONS):
@@ -207,12 +188,6 @@ def test_instruction_tuning_covers_all_but_the_vision_tower(vlm: Any) -> None:
     trained = {id(p) for module in llava.language_modules(vlm) for p in module.parameters()}
     left = {name.split(".")[1] for name, p in vlm.named_parameters() if id(p) not in trained}
     assert left == {"vision_tower"}
-
-
-def test_a_family_is_found_by_the_model_type(vlm: Any) -> None:
-    assert family_of(vlm) is llava
-    with pytest.raises(ValueError, match=r"known family \(llava\), got model type 'unknown'"):
-        family_of(SimpleNamespace(config=SimpleNamespace(model_type="unknown")))
 
 
 @pytest.fixture(scope="module")
