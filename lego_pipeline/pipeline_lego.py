@@ -43,11 +43,14 @@ from transformers.processing_utils import ProcessorMixin
 
 from lego_pipeline import checks, guidance, images, loading
 from lego_pipeline.attention import reuse_keys_values
+from lego_pipeline.data.embedding_cache import EmbeddingCache
+from lego_pipeline.enhance import enhance
 from lego_pipeline.projector import LegoProjector
-from lego_pipeline.vlm import Enhancement, family_of
-from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask, check_question
+from lego_pipeline.vlm import Enhancement
+from lego_pipeline.vlm.base import DEFAULT_QUESTION, check_question
 
 Generators = torch.Generator | list[torch.Generator] | None
+Cache = EmbeddingCache | str | os.PathLike | None
 
 
 @dataclass
@@ -246,6 +249,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         action: str | Sequence[str] | None = None,
         description: str | Sequence[str] | None = None,
         generator: Generators = None,
+        cache: Cache = None,
     ) -> list[Enhancement]:
         """Lets the VLM describe how an action is carried out in a frame, and embeds frame and description.
 
@@ -256,16 +260,21 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             description: B descriptions to be embedded instead of sampled ones, or one for all.
             generator: one, or one per sample. It is only copied, never advanced, so that a call draws the same noise
                 whether the description is sampled or given. None samples freshly.
+            cache: an `EmbeddingCache`, or its folder, such as `train/cache_embeddings.py` fills. What it has is not
+                computed again, what it lacks is added. A sampled description is then the cache's own for this frame
+                and action, with seed 0, whatever the generator. Without a VLM everything has to be there.
 
         Returns:
             B enhancements: description, `image_embeds` (N_i, D), `text_embeds` (T, D).
 
         Raises:
-            ValueError: the pipeline has no VLM, or neither action nor description is given.
+            ValueError: the pipeline has no VLM and no cache, the cache lacks what there is no VLM for, or neither
+                action nor description is given.
 
         Source: paper section 3.2; `BolinLai/LEGO: vllm/llava/eval/run_llava_in_loop.py`.
         """
-        if self.vlm is None or self.vlm_processor is None:
+        has_vlm = self.vlm is not None and self.vlm_processor is not None
+        if not has_vlm and cache is None:
             raise ValueError(
                 "`enhance` must have a VLM, got a pipeline with `vlm=None` or without its processor; load a "
                 "checkpoint with both, or call the pipeline with a `description` (the VLM's part is then zero)."
@@ -278,21 +287,19 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         batch_size = checks.batch_size_of(image=frames, action=actions, description=descriptions)
         checks.check_generator(generator, batch_size)
         frames, actions, descriptions = (checks.expand(v, batch_size) for v in (frames, actions, descriptions))
-        pictures = [images.to_pil(frame) for frame in frames]
-        questions = [ask(self.config.question_template, text) for text in actions or descriptions]
-        family = family_of(self.vlm)
-        if descriptions is None:
-            descriptions = family.generate(
-                self.vlm,
-                self.vlm_processor,
-                pictures,
-                questions,
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                top_k=self.config.top_k,
-                generators=_description_generators(generator, batch_size),
-            )
-        return family.embed(self.vlm, self.vlm_processor, pictures, questions, descriptions)
+        return enhance(
+            self.vlm if has_vlm else None,
+            self.vlm_processor,
+            [images.to_pil(frame) for frame in frames],
+            actions,
+            descriptions,
+            question_template=self.config.question_template,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            generators=None if descriptions is not None else _description_generators(generator, batch_size),
+            cache=cache if cache is None or isinstance(cache, EmbeddingCache) else EmbeddingCache(cache),
+        )
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
         """Text tower psi: last hidden state after the final norm, padded to the tower's length.
@@ -562,6 +569,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         image_latents: torch.Tensor | None = None,
         eta: float = 0.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        cache: Cache = None,
     ) -> LegoPipelineOutput | tuple:
         """Generates the frame of an action.
 
@@ -597,6 +605,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             image_latents: (B, c, h, w) result of `encode_image` to be used instead of encoding `image`.
             eta: of DDIM.
             cross_attention_kwargs: handed to the UNet.
+            cache: of descriptions and embeddings, see `enhance`.
 
         Returns:
             `LegoPipelineOutput`.
@@ -646,9 +655,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
 
         # 2. Enhance: description and VLM embeddings
         needs_text = prompt_embeds is None and enhancement is None
-        if needs_text and self.vlm is not None:
+        if needs_text and (self.vlm is not None or cache is not None):
             sources = generator[::per_sample] if isinstance(generator, list) else generator
-            enhancement = self.enhance(frames, action, description, sources)
+            enhancement = self.enhance(frames, action, description, sources, cache)
         enhancements = checks.expand(checks.as_list(enhancement), batch_size)
         texts = checks.expand(checks.as_list(description or action), batch_size)
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lego_pipeline.cli.model import ModelOptions
+from lego_pipeline.cli.model import ModelOptions, open_cache
 from lego_pipeline.cli.records import check_output
 from lego_pipeline.cli.samples import check_seed
 
@@ -25,7 +25,9 @@ class Enhance(ModelOptions):
     output: Path | None = None
     """A .safetensors file for description, image_embeds and text_embeds."""
     seed: int = 0
-    """Seed of the VLM's sampling."""
+    """Seed of the VLM's sampling; without effect on a description of the cache."""
+    cache: Path | None = None
+    """Folder of descriptions and embeddings: what it has is not computed again, what it lacks is added."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -42,10 +44,11 @@ class Enhance(ModelOptions):
         from lego_pipeline.images import read_image
 
         picture = read_image(self.image)
+        cache = open_cache(self.cache)
         pipeline = self.load()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
-            [enhancement] = pipeline.enhance(picture, self.action, self.description, generator=generator)
+            [enhancement] = pipeline.enhance(picture, self.action, self.description, generator, cache)
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")

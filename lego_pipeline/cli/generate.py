@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from lego_pipeline.cli import records
-from lego_pipeline.cli.model import ModelOptions, draw
+from lego_pipeline.cli.model import ModelOptions, draw, open_cache
 from lego_pipeline.cli.samples import Sample, check_ids, check_seed, derive_seed, find_images, read_actions
 
 if TYPE_CHECKING:
     from lego_pipeline import LegoPipeline
+    from lego_pipeline.data.embedding_cache import EmbeddingCache
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,9 @@ class Generate(ModelOptions):
     """How strongly the input frame is kept; without it the model's own."""
     batch_size: int = 1
     """Pictures made at once: changes speed and memory, not the pictures."""
+    cache: Path | None = None
+    """Folder of descriptions and embeddings, which are taken from there and added: one description for an action on a
+    frame, whatever the seed."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -157,6 +161,7 @@ class Generate(ModelOptions):
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "image_guidance_scale": self.image_guidance_scale,
+            **({"cache": True} if self.cache is not None else {}),  # of another precision, with another description
         }
         jobs = []
         for sample in samples:
@@ -173,7 +178,8 @@ class Generate(ModelOptions):
 
         _hash_input(job)
         read_image(job.sample.image)  # a bad file is refused before the model is loaded
-        self._call(self.load(), [job])
+        cache = open_cache(self.cache)
+        self._call(self.load(), cache, [job])
 
     def _run_folder(self, jobs: Sequence[Job]) -> None:
         """Make the pictures that are not there yet; a failure is reported and does not stop the others."""
@@ -198,10 +204,11 @@ class Generate(ModelOptions):
             records.write_records(file, known.values())
         if not wanted:
             return
+        cache = open_cache(self.cache)
         pipeline = self.load()
         with tqdm.tqdm(total=len(wanted), unit="picture", disable=None) as bar:
             for batch in _batches(wanted, self.batch_size):
-                self._call_or_report(pipeline, batch)
+                self._call_or_report(pipeline, cache, batch)
                 for job in batch:
                     if job.record:
                         known[job.sample.id] = job.record
@@ -210,18 +217,18 @@ class Generate(ModelOptions):
         if known:
             records.write_records(file, known.values())
 
-    def _call_or_report(self, pipeline: LegoPipeline, batch: Sequence[Job]) -> None:
+    def _call_or_report(self, pipeline: LegoPipeline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
         """One call; if the pipeline refuses it, one call for each sample, so that only the bad ones fail."""
         try:
-            self._call(pipeline, batch)
+            self._call(pipeline, cache, batch)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             if len(batch) == 1:
                 batch[0].fail(error)
                 return
             for job in batch:
-                self._call_or_report(pipeline, [job])
+                self._call_or_report(pipeline, cache, [job])
 
-    def _call(self, pipeline: LegoPipeline, batch: Sequence[Job]) -> None:
+    def _call(self, pipeline: LegoPipeline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
         """Make and write the pictures of one call of the pipeline."""
         import torch
 
@@ -238,6 +245,7 @@ class Generate(ModelOptions):
             guidance_scale=self.guidance_scale,
             image_guidance_scale=self.image_guidance_scale,
             generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
+            cache=cache,
         )
         own = pipeline.config
         for job, picture, description in zip(batch, pictures, descriptions, strict=True):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from lego_pipeline import LegoPipeline, LegoPipelineOutput
+    from lego_pipeline.data.embedding_cache import EmbeddingCache
 
 HASHED_BYTES = 1 << 20  # of the start of each file
 
@@ -86,6 +87,23 @@ class ModelOptions:
                 digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
                 digest.update(content.read(HASHED_BYTES))
         return digest.hexdigest()[:16]
+
+
+def open_cache(folder: Path | None) -> EmbeddingCache | None:
+    """The cache of descriptions and embeddings in a folder, which is made when something is added.
+
+    Raises:
+        NotADirectoryError: there is a file of this name.
+        ValueError: a file of the cache is damaged.
+    """
+    if folder is None:
+        return None
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`--cache` must be a folder, but {folder} is a file.")
+
+    from lego_pipeline.data.embedding_cache import EmbeddingCache
+
+    return EmbeddingCache(folder)
 
 
 def draw(pipeline: LegoPipeline, **inputs: Any) -> tuple[list[PIL.Image.Image], list[str]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lego_pipeline.cli import main
-from lego_pipeline.vlm import Enhancement
+from lego_pipeline.vlm import Enhancement, llava
 
 
 @pytest.fixture
@@ -38,6 +38,23 @@ def test_the_saved_file_holds_what_the_pipeline_gives(
     torch.testing.assert_close(saved.text_embeds, expected.text_embeds)
     assert result["image_embeds"] == list(expected.image_embeds.shape)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_the_cache_that_generating_fills_is_the_one_that_enhancing_reads(
+    picture: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = ["--model", str(tiny_folder), "--image", str(picture), "--action", "open drawer", "--json"]
+    shared += ["--cache", str(tmp_path / "cache")]
+    assert main(["generate", *shared, "--steps", "1", "--output", str(tmp_path / "out.png")]) == 0
+    drawn = json.loads(capsys.readouterr().out)["samples"][0]["description"]
+    for name in ("frame_states", "generate", "embed"):
+        monkeypatch.setattr(llava, name, lambda *_, **__: pytest.fail("the VLM was called"))
+    assert main(["enhance", *shared, "--seed", "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["description"] == drawn
 
 
 @pytest.mark.parametrize(

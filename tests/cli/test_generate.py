@@ -11,6 +11,7 @@ import pytest
 from lego_pipeline.cli import main
 from lego_pipeline.cli.generate import Generate
 from lego_pipeline.cli.records import PNG_KEY
+from lego_pipeline.vlm import llava
 
 
 @pytest.fixture
@@ -207,6 +208,7 @@ REFUSED = {
     "actions file without columns": (["--actions-file", "wrong.csv"], "image,action"),
     "empty actions file": (["--actions-file", "none.jsonl"], "at least one row"),
     "binary actions file": (["--actions-file", "binary.csv"], "UTF-8"),
+    "cache that is a file": (["--image", "cup.png", "--action", "a", "--cache", "LICENCE"], "`--cache`"),
     "no such folder": (["--image", "cup.png", "--action", "a", "--model", "./nowhere"], "nowhere"),
     "no checkpoint": (["--image", "cup.png", "--action", "a", "--model", "empty"], "model_index.json"),
     "picture in place of the input": (["--image", "cup.png", "--action", "a", "--output", "cup.png"], "input frame"),
@@ -237,6 +239,39 @@ def test_a_refused_request_says_why_in_one_line_and_writes_no_file(
     assert captured.err.startswith("lego: ") and captured.err.count("\n") == 1
     assert expected in captured.err
     assert {path: path.stat().st_mtime_ns for path in frames.rglob("*")} == before
+
+
+def test_a_cache_serves_a_second_seed_and_a_second_run(
+    frames: Path, tmp_path: Path, generate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--image", frames, "--action", "take cup", "--cache", tmp_path / "cache", "--output")
+    code, first, _ = generate(*command, tmp_path / "a", "--batch-size", 2)
+    assert code == 0 and first["written"] == 3
+    for name in ("frame_states", "generate", "embed"):
+        monkeypatch.setattr(llava, name, lambda *_, **__: pytest.fail("the VLM was called"))
+    code, second, _ = generate(*command, tmp_path / "b", "--seed", 1)
+    assert code == 0 and second["written"] == 3
+    described = [[sample["description"] for sample in result["samples"]] for result in (first, second)]
+    assert described[0] == described[1]
+
+
+def test_with_a_cache_a_picture_is_another_one(frames: Path, tmp_path: Path, generate: Callable) -> None:
+    command = ("--image", frames / "cup.png", "--action", "take cup", "--output", tmp_path / "out")
+    generate(*command)
+    assert generate(*command, "--cache", tmp_path / "cache")[1]["written"] == 1
+    assert generate(*command, "--cache", tmp_path / "cache")[1]["skipped"] == 1
+
+
+def test_a_damaged_cache_is_named_before_the_model_is_loaded(
+    frames: Path, tmp_path: Path, generate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--image", frames, "--action", "take cup", "--cache", tmp_path / "cache", "--output", tmp_path / "out")
+    generate(*command)
+    [shard, *_] = (tmp_path / "cache").glob("0-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    monkeypatch.setattr(Generate, "load", lambda self: pytest.fail("the model was loaded"))
+    code, result, err = generate(*command, "--steps", 2)
+    assert code == 2 and shard.name in result["error"] and err.count("\n") == 1
 
 
 def test_two_pictures_with_the_same_id_are_refused(frames: Path, tmp_path: Path, generate: Callable) -> None:

@@ -1,6 +1,9 @@
-"""The embedding cache: what is found again, what two writers and a kill leave behind."""
+"""The embedding cache: precision and size of what is kept, recipes, and finding without the VLM."""
 
-import shutil
+import copy
+import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,195 +11,212 @@ import PIL.Image
 import pytest
 import torch
 
-from lego_pipeline.data import embedding_cache
-from lego_pipeline.data.embedding_cache import EmbeddingCache, frame_key, text_key, vlm_key
-from lego_pipeline.vlm.base import Enhancement
+from lego_pipeline.data.embedding_cache import EmbeddingCache, Recipe, restored, sampling_seed, stored
+from lego_pipeline.data.shards import pixel_key
+from lego_pipeline.enhance import fill_cache, make_recipe
+from lego_pipeline.vlm import VLM_FAMILIES
+
+MB = 1_000_000
+FULL = {"num_image_tokens": 256, "vision_dim": 1024, "num_states": 77, "dim": 5120}  # released sizes
+LARGEST_MB = {"float16": (1.35, 0.80), "int8": (0.70, 0.41)}  # of the first action on a frame, of a further one
 
 
-def enhancement(number: int, tokens: int = 3) -> Enhancement:
-    generator = torch.Generator().manual_seed(number)
-    image, text = torch.randn(4, 6, generator=generator), torch.randn(tokens, 6, generator=generator)
-    return Enhancement(f"description {number}", image, text)
+def recipe(**changes: Any) -> Recipe:
+    keys = {"vlm_key": "vlm", "vision_key": "vision", "connector_key": "connector"}
+    return Recipe(**{"family": "llava", **keys, "num_image_tokens": 4, "vlm_dim": 32, **changes})
 
 
-def assert_found(cache: EmbeddingCache, number: int) -> None:
-    """The cache has the entries frame-N and text-N as they were made."""
-    found, made = cache.enhancement(f"frame-{number}", f"text-{number}"), enhancement(number)
-    assert found.description == made.description
-    assert torch.equal(found.image_embeds, made.image_embeds.half())
-    assert torch.equal(found.text_embeds, made.text_embeds.half())
-
-
-def filled(folder: Path, *numbers: int, **settings: Any) -> EmbeddingCache:
-    cache = EmbeddingCache(folder, **settings)
-    for number in numbers:
-        cache.add(f"frame-{number}", f"text-{number}", enhancement(number))
+@pytest.fixture
+def filled(tiny_components: dict[str, Any], frame: PIL.Image.Image, tmp_path: Path) -> EmbeddingCache:
+    """A cache on disk with one frame and two actions, one of them with a description of the manifest."""
+    vlm, processor = tiny_components["vlm"], tiny_components["vlm_processor"]
+    cache = EmbeddingCache(tmp_path / "cache")
+    for how, texts in ({"descriptions": "generate"}, None), ({"descriptions": "manifest"}, ["I open it."]):
+        made = make_recipe(vlm, processor, max_new_tokens=4, **how)
+        fill_cache(vlm, processor, cache, made, [frame], ["open drawer"], texts)
+    cache.write()
     return cache
 
 
-def test_entries_are_found_before_they_are_written(tmp_path: Path) -> None:
-    assert_found(filled(tmp_path, 0), 0)
+def only_recipe(cache: EmbeddingCache, descriptions: str) -> Recipe:
+    return next(own for own in cache.recipes().values() if own.descriptions == descriptions)
 
 
-def test_entries_are_found_by_the_next_process(tmp_path: Path) -> None:
-    filled(tmp_path, 0, 1).write()
-    cache = EmbeddingCache(tmp_path)
-    assert len(cache) == 4
-    assert_found(cache, 0)
-    assert_found(cache, 1)
+# --- What is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_entries_are_found_after_writing_by_the_writer(tmp_path: Path) -> None:
-    cache = filled(tmp_path, 0)
-    cache.write()
-    assert_found(cache, 0)
-    assert len(cache) == 2
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 0.0), ("float16", 5e-4), ("int8", 4e-3)])
+def test_states_come_back_within_the_precision_of_their_dtype(dtype: str, largest: float) -> None:
+    states = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1e-3], [1], [30], [1], [1]]
+    )
+    states[4] = 0
+    error = (restored(stored(states, dtype)) - states).abs().amax(-1)
+    assert (error <= largest * states.abs().amax(-1)).all()
 
 
-def test_a_frames_embeddings_are_kept_once_for_all_its_actions(tmp_path: Path) -> None:
-    cache = EmbeddingCache(tmp_path)
-    for number in range(3):
-        cache.add("frame", f"text-{number}", enhancement(number))
-    assert len(cache) == 4
-    assert torch.equal(cache.tensor("frame"), enhancement(0).image_embeds.half())
+def test_int8_rows_have_scales_of_their_own() -> None:
+    kept = stored(torch.tensor([[1.0, -0.5], [100.0, 3.0]]), "int8")
+    assert kept["states"].tolist() == [[127, -64], [127, 4]]
 
 
-def test_full_shards_are_written_at_once(tmp_path: Path) -> None:
-    cache = filled(tmp_path, 0, 1, 2, shard_size=4)
-    assert len(list(tmp_path.glob("*.parquet"))) == 1
-    assert len(EmbeddingCache(tmp_path)) == 4
-    cache.write()
-    assert len(EmbeddingCache(tmp_path)) == 6
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_states_that_are_not_finite_are_refused(dtype: str) -> None:
+    value = 1e6 if dtype == "float16" else float("nan")
+    with pytest.raises(ValueError, match=f"states must be finite numbers in {dtype}, got some up to"):
+        stored(torch.tensor([[1.0, value]]), dtype)
 
 
-def test_writing_nothing_leaves_no_file(tmp_path: Path) -> None:
-    EmbeddingCache(tmp_path).write()
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("dtype", LARGEST_MB)
+def test_sizes_on_disk_at_the_released_sizes(dtype: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache, sizes = EmbeddingCache(tmp_path, dtype=dtype), []
+    for action in range(2):
+        if action == 0:
+            cache.add_frame("frame", torch.randn(FULL["num_image_tokens"], FULL["vision_dim"], generator=generator))
+        text_embeds = torch.randn(FULL["num_states"], FULL["dim"], generator=generator)
+        cache.add_text(f"text-{action}", "My left hand opens the drawer. " * 6, text_embeds)
+        cache.write()
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+    first, further = sizes[0], sizes[1] - sizes[0]
+    assert first / MB <= LARGEST_MB[dtype][0]
+    assert further / MB <= LARGEST_MB[dtype][1]
 
 
-def test_a_kill_between_the_files_of_a_shard_costs_that_shard_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filled(tmp_path, 0).write()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding_cache.pq, "write_table", kill)
-        filled(tmp_path, 1).write()
-    cache = EmbeddingCache(tmp_path)
-    assert_found(cache, 0)
-    assert "text-1" not in cache
-    filled(tmp_path, 1).write()
-    assert_found(EmbeddingCache(tmp_path), 1)
-
-
-def test_a_kill_while_a_file_is_written_leaves_the_cache_readable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filled(tmp_path, 0).write()
-
-    def write_half(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        path.write_bytes(b"half a file")
-        kill()
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding_cache, "save_file", write_half)
-        filled(tmp_path, 1).write()
-    cache = EmbeddingCache(tmp_path)
-    assert len(cache) == 2
-    assert_found(cache, 0)
-
-
-@pytest.mark.parametrize("prefixes", [("0", "1"), ("0", "0"), ("1", "10")])
-def test_two_writers_at_once_keep_each_others_entries(tmp_path: Path, prefixes: tuple[str, str]) -> None:
-    first, second = (EmbeddingCache(tmp_path, prefix) for prefix in prefixes)
-    first.add("frame-0", "text-0", enhancement(0))
-    second.add("frame-1", "text-1", enhancement(1))
-    interleave_writes(first, second)
-    for number in (0, 1):
-        assert_found(EmbeddingCache(tmp_path), number)
-
-
-def test_a_reader_takes_up_new_shards_when_asked(tmp_path: Path) -> None:
-    reader = EmbeddingCache(tmp_path)
-    filled(tmp_path, 0).write()
-    assert "text-0" not in reader
-    reader.refresh()
-    assert_found(reader, 0)
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`dtype` of a cache must be one of float16, float32, int8, got 'int4'"):
+        EmbeddingCache(tmp_path, dtype="int4")
 
 
 def test_a_missing_entry_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="no entry text-0 in .*train/cache_embeddings.py"):
-        EmbeddingCache(tmp_path).tensor("text-0")
+    for read in (EmbeddingCache.frame_states, EmbeddingCache.text_embeds, EmbeddingCache.description):
+        with pytest.raises(KeyError, match="no entry key in .*train/cache_embeddings.py"):
+            read(EmbeddingCache(tmp_path), "key")
 
 
-def test_tensors_are_stored_in_the_asked_dtype(tmp_path: Path) -> None:
-    filled(tmp_path, 0, dtype=torch.float32).write()
-    assert torch.equal(EmbeddingCache(tmp_path).tensor("text-0"), enhancement(0).text_embeds)
+# --- Keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_slice_of_a_batch_is_stored_without_the_batch(tmp_path: Path) -> None:
-    batch = torch.randn(512, 4, 6)
-    cache = EmbeddingCache(tmp_path)
-    cache.add("frame", "text", Enhancement("", batch[0], batch[1]))
-    assert cache.tensor("frame").untyped_storage().nbytes() == 4 * 6 * 2
-    cache.write()
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 1000
+def test_a_frames_key_depends_on_pixels_and_vision_side_alone() -> None:
+    key = recipe().frame_key("pixels")
+    changes = {"vlm_key": "b", "connector_key": "b", "question_template": "{}?", "seed": 1, "top_k": 1}
+    assert {recipe(**{name: value}).frame_key("pixels") for name, value in changes.items()} == {key}
+    assert key not in (recipe().frame_key("others"), recipe(vision_key="b").frame_key("pixels"))
 
 
-def test_a_frame_is_known_by_its_pixels(frame: PIL.Image.Image, tmp_path: Path) -> None:
-    frame.save(tmp_path / "frame.png")
-    changed = frame.copy()
-    changed.putpixel((0, 0), (1, 2, 3))
-    key = frame_key(frame, "vlm")
-    assert frame_key(PIL.Image.open(tmp_path / "frame.png"), "vlm") == key
-    assert frame_key(changed, "vlm") != key
-    assert frame_key(frame, "another") != key
+def test_a_sampled_texts_key_depends_on_all_that_it_comes_from() -> None:
+    changes = {"vlm_key": "b", "question_template": "{}?", "seed": 1, "temperature": 0.3, "top_k": 1}
+    keys = {recipe(**{name: value}).text_key("pixels", "open drawer") for name, value in changes.items()}
+    keys |= {recipe(max_new_tokens=9).text_key("pixels", "open drawer"), recipe().text_key("pixels", "close drawer")}
+    keys |= {recipe().text_key("pixels", "open drawer"), recipe().text_key("others", "open drawer")}
+    assert len(keys) == 9
+    assert recipe(vision_key="b", connector_key="b").text_key("pixels", "open drawer") in keys
 
 
-def test_frames_of_equal_bytes_and_other_shape_differ() -> None:
-    wide, high = PIL.Image.new("RGB", (8, 4)), PIL.Image.new("RGB", (4, 8))
-    assert frame_key(wide, "vlm") != frame_key(high, "vlm")
-
-
-def test_a_description_is_known_by_how_it_came_about() -> None:
-    keys = {
-        text_key("frame", "question", seed=0, temperature=0.2),
-        text_key("frame", "question", seed=1, temperature=0.2),
-        text_key("frame", "question", seed=0, temperature=0.3),
-        text_key("frame", "other", seed=0, temperature=0.2),
-        text_key("other", "question", seed=0, temperature=0.2),
-        text_key("frame", "question", given="text"),
+def test_a_given_texts_key_does_not_depend_on_sampling() -> None:
+    key = recipe().text_key("pixels", "open drawer", "I open it.")
+    assert (
+        recipe(seed=1, temperature=0.0, descriptions="manifest").text_key("pixels", "open drawer", "I open it.") == key
+    )
+    others = {recipe().text_key("pixels", "open drawer"), recipe().text_key("pixels", "open drawer", "I do.")}
+    assert key not in others | {
+        recipe().text_key("pixels", None, "I open it."),
+        recipe().text_key("pixels", "I open it."),
     }
-    assert len(keys) == 6
-    assert text_key("frame", "question", temperature=0.2, seed=0) in keys
 
 
-def test_a_vlm_is_known_by_its_weights_wherever_it_lies(tiny_components: dict[str, Any], tmp_path: Path) -> None:
-    vlm = tiny_components["vlm"]
-    vlm.save_pretrained(tmp_path / "here")
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    here, there = (type(vlm).from_pretrained(tmp_path / name) for name in ("here", "there"))
-    key = vlm_key(here)
-    assert vlm_key(there) == key
+def test_the_seed_of_a_description_is_of_its_key_alone() -> None:
+    keys = [recipe().text_key("pixels", action) for action in ("open drawer", "close drawer")]
+    seeds = {sampling_seed(key) % 2**32 for key in keys}  # what torch's generator uses of them
+    assert len(seeds) == 2
+
+
+# --- Recipes and finding without the VLM -----------------------------------------------------------------------------
+
+
+def test_a_reader_without_the_vlm_finds_a_frame_and_an_action(
+    filled: EmbeddingCache, frame: PIL.Image.Image, make_frame: Callable[..., PIL.Image.Image]
+) -> None:
+    reader = EmbeddingCache(filled.folder)
+    found = reader.lookup(frame, "open drawer", only_recipe(reader, "generate"))
+    assert found is not None and found.image_embeds.shape == (4, 32) and found.text_embeds.shape[1] == 32
+    assert reader.lookup(pixel_key(frame), "Open Drawer", only_recipe(reader, "generate")) is None
+    assert reader.lookup(make_frame(32, 32, 1), "open drawer", only_recipe(reader, "generate")) is None
+
+
+def test_given_descriptions_are_found_by_their_text(filled: EmbeddingCache, frame: PIL.Image.Image) -> None:
+    own = only_recipe(filled, "manifest")
+    found = filled.lookup(frame, "open drawer", own, "I open it.")
+    assert found is not None and found.description == "I open it."
+    assert filled.lookup(frame, "open drawer", own, "I close it.") is None
+    with pytest.raises(ValueError, match="`description` must be given with recipe .*pass the row's description"):
+        filled.lookup(frame, "open drawer", own)
+
+
+def test_image_embeds_are_what_the_stored_projector_makes_of_the_stored_states(
+    filled: EmbeddingCache, frame: PIL.Image.Image, tiny_components: dict[str, Any]
+) -> None:
+    reader, vlm = EmbeddingCache(filled.folder), tiny_components["vlm"]
+    own = only_recipe(reader, "generate")
+    frame_key, text_key = reader.keys(frame, "open drawer", own)
+    states = reader.frame_states(frame_key)
+    expected = VLM_FAMILIES["llava"].image_embeds(vlm.model.multi_modal_projector, states, 32)
+    assert torch.equal(reader.enhancement(frame_key, text_key, own).image_embeds, expected)
+    assert len(list(filled.folder.glob("connector-*.safetensors"))) == 1
+
+
+def test_several_recipes_must_be_told_apart(filled: EmbeddingCache, frame: PIL.Image.Image) -> None:
+    names = list(filled.recipes())
+    with pytest.raises(ValueError, match="`recipe` must be one of those of .*, got None") as error:
+        filled.lookup(frame, "open drawer")
+    assert all(f"{name}: descriptions {filled.recipes()[name].descriptions}" in str(error.value) for name in names)
+    with pytest.raises(ValueError, match="got nonsense"):
+        filled.recipe("nonsense")
+    assert [filled.recipe(name).name for name in names] == names
+    assert EmbeddingCache(filled.folder, recipe=names[1]).recipe().name == names[1]
+
+
+def test_an_empty_cache_has_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`cache` must hold entries and .*train/cache_embeddings.py"):
+        EmbeddingCache(tmp_path).recipe()
+
+
+def test_a_file_that_is_no_recipe_is_named(filled: EmbeddingCache) -> None:
+    path = next(filled.folder.glob("recipe-*.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "colour": "red"}))
+    with pytest.raises(ValueError, match=f"{path.name} must be a recipe .*colour.*delete it"):
+        filled.recipes()
+
+
+def test_a_damaged_projector_is_named(filled: EmbeddingCache, frame: PIL.Image.Image) -> None:
+    [path] = filled.folder.glob("connector-*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    reader = EmbeddingCache(filled.folder)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged .*delete it"):
+        reader.connector(only_recipe(reader, "generate"))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="`cache` must hold the VLM's projector"):
+        reader.connector(only_recipe(reader, "generate"))
+
+
+def test_a_pickled_cache_reads_the_same_entries(filled: EmbeddingCache, frame: PIL.Image.Image) -> None:
+    own = only_recipe(filled, "generate")
+    first, second = (cache.lookup(frame, "open drawer", own) for cache in (filled, pickle.loads(pickle.dumps(filled))))
+    assert first is not None and second is not None and torch.equal(first.image_embeds, second.image_embeds)
+
+
+def test_no_path_and_no_version_is_written(filled: EmbeddingCache, tmp_path: Path) -> None:
+    for file in filled.folder.glob("recipe-*.json"):
+        assert str(tmp_path) not in file.read_text() and "version" not in file.read_text()
+
+
+def test_a_description_outlives_the_vlm_that_changes_later(
+    filled: EmbeddingCache, frame: PIL.Image.Image, tiny_components: dict[str, Any]
+) -> None:
+    vlm, processor = copy.deepcopy(tiny_components["vlm"]), tiny_components["vlm_processor"]
     with torch.no_grad():
-        there.lm_head.weight[0, 0] += 1
-    assert vlm_key(there) != key
-
-
-def kill(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def interleave_writes(first: EmbeddingCache, second: EmbeddingCache) -> None:
-    """Both writers count the shards before either has finished its own."""
-    original = embedding_cache.save_file
-
-    def save_second_in_between(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        embedding_cache.save_file = original
-        second.write()
-        original(tensors, path)
-
-    embedding_cache.save_file = save_second_in_between
-    try:
-        first.write()
-    finally:
-        embedding_cache.save_file = original
+        vlm.lm_head.weight[0, 0] += 1
+    changed = make_recipe(vlm, processor, max_new_tokens=4)
+    assert filled.lookup(frame, "open drawer", changed) is None
+    assert filled.lookup(frame, "open drawer", only_recipe(filled, "generate")) is not None
