@@ -12,10 +12,16 @@ HOSTS = ("train", "examples")  # import lego_pipeline, never one another
 OUTSIDE = (*HOSTS, "benchmarks", "tests")  # measure and test all of them; imported by none
 
 LEVELS = (
-    ("attention", "checkpoints", "conditioning", "config", "contact_sheet", "guidance", "images", "loading",
-     "projector", "training", "vlm.base"),
-    ("vlm", "data", "checks"),
+    ("config",),
+    ("attention", "checkpoints", "conditioning", "contact_sheet", "guidance", "images", "loading",
+     "lora", "projector", "scheduler", "training", "vlm.base"),
+    ("vlm", "checks"),
+    ("data",),
+    ("enhance",),
     ("pipeline_lego",),
+    ("diffusion_step", "evaluation", "export", "stable_diffusion", "storyboard"),
+    ("start", "validation"),
+    ("memory",),
     ("cli",),
 )  # fmt: skip
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}

@@ -1,342 +1,422 @@
 """Train LEGO's latent diffusion model: UNet and projector on pairs, descriptions and embeddings (paper section 3.3).
 
-    accelerate launch train/train_ldm.py --data DATA --cache runs/cache --pipeline START --output-dir runs/ldm
+    python train/train_ldm.py --data DATA --cache runs/cache --pipeline START --output-dir runs/ldm
 
-`--pipeline` is a LegoPipeline folder with the weights to start from (for SD 1.5 size: converted weights whose UNet has
-the image channels appended and zeroed); VAE, text encoder and VLM stay frozen. Latents and text encodings are computed
-once and held in memory; `output_dir/latents-SPLIT-KEY.safetensors` keeps the latents for the next slice, KEY standing
-for the VAE, the resolution and the frames. All three projection modules are trained and averaged with the UNet, unlike
-in the released code, where they are not in the optimiser; `--freeze-projections` reproduces the publication.
+`--pipeline` is a LegoPipeline folder, an InstructPix2Pix or a Stable Diffusion 1.x folder in diffusers' layout (the
+UNet of the last is widened). VAE, text encoder and VLM stay frozen. Running the same command again goes on where the
+last run ended or was killed, to the bit. `output_dir/last` is a usable LegoPipeline after every run, `output_dir/best`
+the one of the lowest validation loss; with `--lora-rank` there is `output_dir/lora` too.
 
-One CPU, one GPU or several GPUs take the same line (`accelerate config` decides). Several CPU processes:
-`ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node 2 SCRIPT ...`, since accelerate's own
-launcher needs MPI for that. Running the same command again goes on where the last one stopped. `output_dir/pipeline`
-is a usable LegoPipeline folder after every slice.
+All three projection modules are trained and averaged with the UNet, unlike in the released code, where they are not in
+the optimiser; `--freeze-projections` reproduces the publication, with the text mixer's dropout active as there. Noise,
+timesteps and dropped conditions of a sample come from (seed, step, sample), so more processes with the same global
+batch see the same; only the text mixer's own dropout comes from (seed, step, process).
+
+Launch lines, `...` standing for the flags above:
+
+    CPU, two processes   ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 train/train_ldm.py ...
+    one GPU              accelerate launch --config_file train/configs/accelerate_one_gpu.yaml train/train_ldm.py ...
+    eight GPUs           the same with accelerate_eight_gpus.yaml
+    two machines         the same with accelerate_two_nodes.yaml, `--machine_rank 0` and `--machine_rank 1`
+    ZeRO-2, ZeRO-3       the same with accelerate_zero2.yaml or accelerate_zero3.yaml
+    FSDP                 the same with accelerate_fsdp2.yaml
+
+DeepSpeed and FSDP were parsed and never run here. ZeRO-3 and FSDP split the weights, so `--ema-decay 0` is needed.
 """
 
-import hashlib
 import json
 import logging
+import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import pyarrow.parquet as pq
+import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Image
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
-from safetensors.torch import load_file, save_file
-from torch import nn
-from tqdm.auto import tqdm
 
-from lego_pipeline import LegoPipeline, images
-from lego_pipeline.conditioning import drop_conditions
-from lego_pipeline.config import parse_config, to_yaml
-from lego_pipeline.data.boxes import box_mask
-from lego_pipeline.data.embedding_cache import EmbeddingCache, model_key, write_atomically
+from lego_pipeline import LegoPipeline
+from lego_pipeline.config import run, to_yaml
+from lego_pipeline.data.embedding_cache import EmbeddingCache, Recipe
 from lego_pipeline.data.manifest import read_manifest
-from lego_pipeline.training import ResumableEma, ResumableSteps
+from lego_pipeline.data.pairs import (
+    Draws,
+    PairDataset,
+    common_size,
+    fill_latents,
+    fill_prompts,
+    load_batches,
+    open_precomputed,
+    read_facts,
+)
+from lego_pipeline.diffusion_step import Denoiser, Inputs, losses_of, timestep_weights
+from lego_pipeline.export import model_card, save_trained, whole_folder
+from lego_pipeline.lora import add_lora, export_lora, merge_lora
+from lego_pipeline.start import load_start
+from lego_pipeline.training import (
+    ResumableEma,
+    ResumableSteps,
+    SampleOrder,
+    cut_log,
+    resume_settings,
+    start_accelerator,
+    write_run_files,
+)
+from lego_pipeline.validation import averaged, draw_pictures, validate
 
-logger = logging.getLogger("train_ldm")
+logger = get_logger("train_ldm")  # of the main process
 
 
 @dataclass(kw_only=True)
 class TrainLdmConfig:
-    data: Path  # manifest with image_0, image_1 and action
-    pipeline: Path  # LegoPipeline folder to start from
-    cache: Path | None = None  # embedding cache made by cache_embeddings.py; None: label only, no VLM parts
+    data: tuple[Path, ...]  # manifests with image_0, image_1 and action
+    pipeline: Path  # folder to start from: LegoPipeline, InstructPix2Pix or Stable Diffusion 1.x
+    cache: Path | None = None  # embedding cache made by cache_embeddings.py
     output_dir: Path = Path("runs/ldm")
+    embeddings: Literal["cache", "on_the_fly", "none"] = "cache"  # of the VLM; none: labels only, no VLM parts
+    recipe: str | None = None  # of the cache's entries; None: its only one
+    vlm: Path | None = None  # folder of a tuned VLM, instead of the pipeline's own
+    data_weights: tuple[float, ...] = ()  # shares of the data sets; empty: in proportion to their pairs
     split: str = "train"
     validation_split: str | None = "val"
-    batch_size: int = 32  # pairs of one process and step
+    validation_pairs: int = 128  # the first of the split, at most
+    batch_size: int = 32  # pairs of one process and micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches of a step
     max_steps: int = 20_000
-    max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to max_steps
+    max_minutes: float = 0.0  # end this run earlier, saved; 0 = run to max_steps
     save_every_minutes: float = 10.0
+    save_every_steps: int = 0  # at multiples too; 0 = by time only
+    log_every_steps: int = 50
     validate_every_steps: int = 500
+    pictures_every_steps: int = 0  # generate from the first validation pairs; 0 = never
+    pictures: int = 4  # how many
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.get_scheduler
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the averaged weights, which are validated and saved; 0 = no average
     condition_dropout: float = 0.05  # of text only, both, image only, each
     vlm_dropout: float = 0.0  # share of samples with zeros for both VLM parts, half of them with the bare label
     freeze_projections: bool = False  # as in the released code
-    timestep_sampling: str = "uniform"  # or log_normal: log sigma ~ N(log_sigma_mean, 1)
+    lora_rank: int = 0  # train adapters of the UNet instead of its weights; 0 = all weights
+    lora_alpha: int | None = None  # None = the rank
+    timestep_sampling: Literal["uniform", "log_normal"] = "uniform"  # the latter: log sigma ~ N(log_sigma_mean, 1)
     log_sigma_mean: float = 0.8
     box_weight: float = 1.0  # of the loss inside hand and object boxes against 1 elsewhere
+    min_snr_gamma: float = 0.0  # weight of the timesteps by min(SNR, gamma), usually 5; 0 = none
+    noise_offset: float = 0.0  # share of noise that is constant over each channel, usually 0.1
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None  # None = the start's
+    flips: bool = False  # mirrored pairs too, with left and right exchanged; the cache must have been filled with them
+    resolution: int | None = None  # side in pixels of the square whose area is trained at; None = the start's, or 256
+    aspect_buckets: bool = False  # batches of one aspect; otherwise all frames are cropped to the most common one
+    precompute: bool = True  # latents and text encodings once, to output_dir/precomputed; False = in every step
+    gradient_checkpointing: bool = False  # of the UNet: less memory, about a third slower
+    num_workers: int = 0  # processes that load ahead
     mixed_precision: str = "no"  # no, fp16 or bf16
+    report_to: str = "tensorboard"  # or wandb, all, none
+    expect_processes: int = 0  # refuse another number; 0 = any
     seed: int = 0
 
     def __post_init__(self):
-        if self.timestep_sampling not in ("uniform", "log_normal"):
-            raise ValueError(f"`timestep_sampling` must be uniform or log_normal, got {self.timestep_sampling!r}.")
-        for name in ("batch_size", "max_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "validate_every_steps", "pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
+        if not 0 <= self.condition_dropout <= 1 / 3:
+            raise ValueError(f"`condition_dropout` must be between 0 and 1/3, got {self.condition_dropout}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}.")
+        if self.embeddings == "cache" and self.cache is None:
+            raise ValueError("`cache` must be given, got none; pass --cache, or --embeddings on_the_fly or none.")
+        if self.embeddings != "cache" and self.cache is not None:
+            raise ValueError(f"`cache` has no effect with `embeddings` {self.embeddings}; leave it out.")
+        if self.pictures_every_steps and self.validation_split is None:
+            raise ValueError("`pictures_every_steps` needs a `validation_split`, got none; name one, or pass 0.")
+        if self.aspect_buckets and len(self.data_weights) > 1:
+            raise ValueError("`data_weights` must be left out with `aspect_buckets`; drop one of them.")
+
+    def report(self) -> str:
+        """Memory of a step, for `--dry-run`."""
+        from lego_pipeline.memory import ldm_memory
+
+        try:
+            memory = ldm_memory(
+                self.pipeline,
+                batch_size=self.batch_size,
+                resolution=self.resolution,
+                trains_projector=self.embeddings != "none" and not self.freeze_projections,
+                lora_rank=self.lora_rank,
+                gradient_checkpointing=self.gradient_checkpointing,
+                mixed_precision=self.mixed_precision,
+                average=self.ema_decay > 0,
+                precompute=self.precompute,
+            )
+        except OSError as error:
+            return f"memory is unknown, `pipeline` can't be read: {error}"
+        return memory.table()
 
 
-class Denoiser(nn.Module):
-    """What is trained: UNet and projector as one module, for gradient averaging over processes and for the EMA.
-
-    Args:
-        unet, projector: of the pipeline.
-        dropout: share of samples that lose the text condition, both conditions, or the image condition, each.
-    """
-
-    def __init__(self, unet: nn.Module, projector: nn.Module, dropout: float = 0.05):
-        super().__init__()
-        self.unet, self.projector, self.dropout = unet, projector, dropout
-
-    def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, batch: dict[str, torch.Tensor], no_vlm: torch.Tensor
-    ) -> torch.Tensor:
-        """Prediction (B, c, h, w) for noisy latents (B, c, h, w); no_vlm (B,) bool."""
-        image, text = batch.get("image_embeds"), batch.get("text_embeds")
-        prompt = torch.where(batch["use_label"][:, None, None], batch["label_embeds"], batch["prompt_embeds"])
-        condition = self.projector(prompt, image, text)
-        vlm_part = torch.arange(condition.shape[1], device=condition.device) >= prompt.shape[1]
-        condition = condition.masked_fill(no_vlm[:, None, None] & vlm_part[None, :, None], 0)
-        condition, image_latents = drop_conditions(
-            condition, batch["null_condition"], batch["image_latents"], batch["draws"], self.dropout
-        )
-        return self.unet(torch.cat([noisy, image_latents], 1), timesteps, condition).sample
+def check_sharding(accelerator: Accelerator, config: TrainLdmConfig) -> None:
+    """Refuses what needs whole weights on every process where they are split over the processes."""
+    kind, plugin = accelerator.distributed_type, accelerator.state.deepspeed_plugin
+    is_zero_3 = kind == DistributedType.DEEPSPEED and plugin is not None and plugin.zero_stage == 3
+    if not is_zero_3 and kind != DistributedType.FSDP:
+        return
+    name = "ZeRO-3" if is_zero_3 else "FSDP"
+    for setting in ("ema_decay", "pictures_every_steps"):
+        if getattr(config, setting):
+            raise ValueError(
+                f"`{setting}` must be 0 with {name}, which splits the weights over the processes, got "
+                f"{getattr(config, setting)}; pass 0, or use ZeRO-2 or plain data parallelism."
+            )
 
 
-def box_weights(boxes: list[list[dict]], height: int, width: int, weight: float) -> torch.Tensor:
-    """(N, height, width) loss weights of latent cells: `weight` where a box of hand or object touches the cell."""
-    return torch.stack([torch.where(box_mask(pair, height, width), weight, 1.0) for pair in boxes])
-
-
-def latents_key(pipeline: LegoPipeline, rows: Dataset) -> str:
-    """Key of what the VAE makes of some rows: its config and weights, the resolution, the rows' ids and frames."""
-    config = {name: value for name, value in pipeline.vae.config.items() if not name.startswith("_")}
-    facts = {"vae": model_key(pipeline.vae, json.dumps(config, sort_keys=True)), "side": pipeline.config.resolution}
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    names = ("image_0", "image_1")
-    encoded = rows.select_columns(["id", *names])
-    for name in names:
-        encoded = encoded.cast_column(name, Image(decode=False))
-    for row in encoded:
-        digest.update(row["id"].encode())
-        for name in names:
-            frame = row[name]
-            if frame is not None:  # one that lacks is reported where frames are encoded
-                digest.update(Path(frame["path"]).read_bytes() if frame["bytes"] is None else frame["bytes"])
-    return digest.hexdigest()[:16]
-
-
-class PairTensors:
-    """Frozen inputs of training, computed once for every row: latents, text encodings, VLM embeddings, weights."""
-
-    def __init__(
-        self, pipeline: LegoPipeline, rows: Dataset, config: TrainLdmConfig, device: torch.device, split: str
-    ):
-        self.rows, self.device = rows, device
-        memo = config.output_dir / f"latents-{split}-{latents_key(pipeline, rows)}.safetensors"
-        if not memo.exists():
-            encoded = self._encode_frames(pipeline)
-            write_atomically(memo, lambda path: save_file(encoded, path))
-        stored = load_file(memo)
-        self.latents, self.target_std = stored["latents"], stored["target_std"]
-        labels = rows["action"][:]
-        descriptions = labels
-        self.embeds: dict[str, torch.Tensor] = {}
-        if config.cache is not None:
-            known = _entries(config.cache, split)
-            missing = [row_id for row_id in rows["id"][:] if row_id not in known]
-            if missing:
-                raise ValueError(
-                    f"`cache` must hold every pair of the split {split!r}, but {config.cache} lacks {len(missing)}, "
-                    f"the first is {missing[0]!r}; run `train/cache_embeddings.py` for this data again."
-                )
-            entries = [known[row_id] for row_id in rows["id"][:]]
-            cache, fit = EmbeddingCache(config.cache), pipeline.projector.fit_text
-            self.embeds["image_embeds"] = torch.stack([cache.tensor(frame) for frame, _ in entries])
-            self.embeds["text_embeds"] = torch.stack([fit(cache.tensor(text)) for _, text in entries])
-            descriptions = [cache.description(text) for _, text in entries]
-        texts = sorted({*descriptions, *labels})
-        place = {text: i for i, text in enumerate(texts)}
-        with torch.no_grad():
-            batches = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-            self.text_bank = torch.cat([pipeline.encode_prompt(batch).cpu() for batch in batches])
-            self.null_condition = pipeline.projector.null_condition(pipeline.encode_prompt([""]))
-        self.prompts = torch.tensor([place[text] for text in descriptions])
-        self.labels = torch.tensor([place[text] for text in labels])
-        boxes = zip(rows["boxes_0"][:], rows["boxes_1"][:], strict=True)
-        pairs = [[*(before or []), *(after or [])] for before, after in boxes]
-        self.weights = box_weights(pairs, *self.latents.shape[-2:], config.box_weight)
-
-    @torch.no_grad()
-    def _encode_frames(self, pipeline: LegoPipeline) -> dict[str, torch.Tensor]:
-        """Both frames' posterior means, unscaled `latents` (N, 2, c, h, w); the target's `target_std` (N, c, h, w)."""
-        means, deviations = [], []
-        starts = range(0, len(self.rows), 32)
-        for start in tqdm(starts, desc="encode frames", mininterval=5):
-            batch = self.rows.select(range(start, min(start + 32, len(self.rows))))
-            frames = images.to_frames([row[f"image_{k}"] for k in (0, 1) for row in batch])
-            if start == 0:
-                size = images.model_size(
-                    *images.frame_size(frames[0]), pipeline.config.resolution, pipeline.vae_scale_factor
-                )
-            pixels = torch.stack([images.to_model_input(frame, *size) for frame in frames]).to(self.device)
-            posterior = pipeline.vae.encode(pixels).latent_dist
-            mean = posterior.mode().float().cpu()
-            means.append(torch.stack(mean.chunk(2), 1))
-            deviations.append(posterior.std.float().cpu().chunk(2)[1])
-        return {"latents": torch.cat(means).contiguous(), "target_std": torch.cat(deviations).contiguous()}
-
-    def batch(self, indices: list[int], draws: torch.Tensor, use_label: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Tensors of some rows on the device."""
-        batch = {name: tensor[indices].float() for name, tensor in self.embeds.items()}
-        batch |= {
-            "prompt_embeds": self.text_bank[self.prompts[indices]],
-            "label_embeds": self.text_bank[self.labels[indices]],
-            "image_latents": self.latents[indices, 0],
-            "target": self.latents[indices, 1],
-            "target_std": self.target_std[indices],
-            "weights": self.weights[indices],
-            "null_condition": self.null_condition,
-            "draws": draws,
-            "use_label": use_label,
-        }
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-
-def _entries(cache: Path, split: str) -> dict[str, tuple[str, str]]:
-    files = sorted(cache.glob(f"pairs-{split}-*.pairs"))
-    if not files:
-        raise FileNotFoundError(
-            f"`--cache` must hold the split {split!r}, found none in {cache}; run `train/cache_embeddings.py` for it."
-        )
-    entries = {}
-    for file in files:
-        table = pq.read_table(file)
-        keys = zip(table["frame_key"].to_pylist(), table["text_key"].to_pylist(), strict=True)
-        entries |= dict(zip(table["id"].to_pylist(), keys, strict=True))
-    return entries
-
-
-def diffusion_target(
-    prediction_type: str, clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor
-) -> torch.Tensor:
-    """What the UNet should predict, for x_t = sqrt(alpha) clean + sqrt(1 - alpha) noise; alpha (B, 1, 1, 1)."""
-    targets = {
-        "epsilon": noise,
-        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
-        "sample": clean,
+def make_datasets(
+    config: TrainLdmConfig, pipeline: LegoPipeline, recipe: Recipe | None
+) -> tuple[PairDataset, PairDataset | None]:
+    """Training and validation samples, with all that is computed once on disk."""
+    folder = config.output_dir / "precomputed"
+    rows = [read_manifest(path, config.split) for path in config.data]
+    facts = [read_facts(part, folder / "frames", flips=config.flips) for part in rows]
+    factor, resolution = pipeline.vae_scale_factor, pipeline.config.resolution
+    size, others = common_size(facts, resolution, factor)
+    if config.aspect_buckets:
+        size = None
+    elif others:
+        logger.warning("%d pairs are centre-cropped to the most common aspect, %dx%d pixels", others, *size[::-1])
+    draws: dict[str, Any] = {"alphas_cumprod": pipeline.scheduler.alphas_cumprod.float(), "seed": config.seed}
+    draws |= {"timestep_sampling": config.timestep_sampling, "log_sigma_mean": config.log_sigma_mean}
+    models = (pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    options: dict[str, Any] = {
+        "resolution": resolution,
+        "factor": factor,
+        "latent_channels": pipeline.vae.config.latent_channels,
+        "size": size,
+        "box_weight": config.box_weight,
+        "precomputed": open_precomputed(folder / "encoded", *models) if config.precompute else None,
+        "cache": EmbeddingCache(config.cache) if config.cache is not None else None,
+        "recipe": recipe,
+        "num_text_tokens": pipeline.projector.config["num_text_tokens"],
+        "gives_frames": config.embeddings == "on_the_fly",
     }
-    if prediction_type not in targets:
-        raise ValueError(f"`prediction_type` must be one of {', '.join(targets)}, got {prediction_type!r}.")
-    return targets[prediction_type]
+    train = PairDataset(rows, facts, Draws(**draws, vlm_dropout=config.vlm_dropout), flips=config.flips, **options)
+    validation = None
+    if config.validation_split:
+        held_out = [read_manifest(path, config.validation_split) for path in config.data]
+        each = math.ceil(config.validation_pairs / len(held_out))
+        held_out = [part.select(range(min(len(part), each))) for part in held_out]
+        facts = [read_facts(part, folder / "frames") for part in held_out]
+        validation = PairDataset(held_out, facts, Draws(**draws, has_dropout=False), **options)
+    if config.precompute:
+        both = [train, *([validation] if validation else [])]
+        fill_latents(both, pipeline.vae)
+        if config.embeddings != "on_the_fly":
+            fill_prompts(both, pipeline.encode_prompt)
+    return train, validation
 
 
-def draw_timesteps(count: int, alphas_cumprod: torch.Tensor, config: TrainLdmConfig) -> torch.Tensor:
-    """(count,) long timesteps, uniform or log-normal in sigma = sqrt((1 - alpha) / alpha)."""
-    if config.timestep_sampling == "uniform":
-        return torch.randint(len(alphas_cumprod), (count,))
-    log_sigmas = 0.5 * torch.log((1 - alphas_cumprod) / alphas_cumprod)
-    wished = torch.randn(count) + config.log_sigma_mean
-    return (wished[:, None] - log_sigmas[None, :]).abs().argmin(1)
+class Run:
+    """What is validated, drawn and saved in the course of a run; all processes call its methods together."""
+
+    def __init__(self, config: TrainLdmConfig, accelerator: Accelerator, steps: ResumableSteps, **parts: Any):
+        self.config, self.accelerator, self.steps = config, accelerator, steps
+        self.pipeline: LegoPipeline = parts["pipeline"]
+        self.model, self.trained, self.ema = parts["model"], parts["trained"], parts["ema"]
+        self.inputs, self.validation, self.vlm_files = parts["inputs"], parts["validation"], parts["vlm_files"]
+        self.alpha = config.lora_alpha or config.lora_rank
+
+    def evaluate(self, step: int) -> None:
+        """Loss and pictures of the averaged weights; exports `best` if the loss is the lowest so far."""
+        config, progress = self.config, self.steps.progress
+        draws = config.pictures_every_steps and step % config.pictures_every_steps == 0
+        with averaged(self.ema, self.trained, self.model):
+            if step % config.validate_every_steps == 0 or self.steps.finished:
+                loss = validate(self.accelerator, self.model, self.inputs, self.validation)
+                if self.accelerator.is_main_process:
+                    with open(config.output_dir / "validation.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+                self.accelerator.log({"validation_loss": loss}, step=step)
+                if step > 0 and loss < progress.get("best_loss", math.inf):
+                    progress |= {"best_loss": loss, "best_step": step}
+                    self.export("best", step)
+            if draws and self.accelerator.is_main_process:
+                self.draw(step)
+        self.accelerator.wait_for_everyone()
+
+    def draw(self, step: int) -> None:
+        """Pictures to `output_dir/validation` and to the trackers."""
+        with self.accelerator.autocast():
+            sheet = draw_pictures(self.pipeline, self.inputs, self.validation, self.config.pictures, self.config.seed)
+        path = self.config.output_dir / "validation" / f"step-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, **layout)
+
+    def finish(self) -> None:
+        """Exports the weights that the run ends with, as `last` and, of adapters, as `lora`."""
+        with averaged(self.ema, self.trained, self.model):
+            self.export("last", self.steps.step)
+
+    def export(self, name: str, step: int) -> None:
+        """Writes the present weights as the folder `name`."""
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return
+        unet, projector = (
+            {key.removeprefix(part): tensor for key, tensor in state.items() if key.startswith(part)}
+            for part in ("unet.", "projector.")
+        )
+        folder, card = self.config.output_dir / name, self.card(step)
+        save_trained(folder, self.pipeline, merge_lora(unet, self.alpha), projector, vlm=self.vlm_files, card=card)
+        if self.config.lora_rank and name == "last":
+            with whole_folder(self.config.output_dir / "lora") as unfinished:
+                export_lora(unet, self.alpha, unfinished)
+                self.pipeline.projector.save_pretrained(unfinished / "projector")
+        logger.info("step %d, LegoPipeline in %s", step, folder)
+
+    def card(self, step: int) -> str:
+        """Model card of a folder that is exported at a step."""
+        config, progress = self.config, self.steps.progress
+        log = config.output_dir / "log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        facts = {
+            "started from": config.pipeline.name,
+            "data": f"{', '.join(path.name for path in config.data)}, split {config.split}",
+            "pairs": f"{sum(self.steps.order.sizes):,}{', half of them mirrored' if config.flips else ''}",
+            "steps": f"{step:,} of {config.max_steps:,}",
+            "samples seen": f"{step * self.steps.global_batch:,}",
+            "training loss": f"{json.loads(lines[-1])['loss']:.4f}" if lines else "not logged",
+            "lowest validation loss": "none"
+            if "best_loss" not in progress
+            else f"{progress['best_loss']:.4f} at step {progress['best_step']:,}",
+        }
+        places = ("data", "pipeline", "cache", "output_dir", "vlm", "- ")
+        kept = [line for line in to_yaml(config).splitlines() if not line.startswith(places)]
+        return model_card("LegoPipeline", base_model=config.pipeline.name, facts=facts, settings="\n".join(kept))
 
 
 def main(config: TrainLdmConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    pipeline = LegoPipeline.from_pretrained(config.pipeline)
-    for module in (pipeline.vae, pipeline.text_encoder, *([pipeline.vlm] if pipeline.vlm else [])):
-        module.requires_grad_(False).eval()
-    device = accelerator.device
-    pipeline.vae.to(device), pipeline.text_encoder.to(device), pipeline.projector.to(device)
-    with accelerator.main_process_first():
-        train = PairTensors(pipeline, read_manifest(config.data, config.split), config, device, config.split)
-        validation = None
-        if config.validation_split:
-            rows = read_manifest(config.data, config.validation_split)
-            rows = rows.select(range(min(len(rows), 128)))
-            validation = PairTensors(pipeline, rows, config, device, config.validation_split)
-    denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout)
-    pipeline.projector.requires_grad_(config.cache is not None and not config.freeze_projections)
+    accelerator = start_accelerator(config)
+    check_sharding(accelerator, config)
+    write_run_files(config, accelerator)
+    recipe = EmbeddingCache(config.cache).recipe(config.recipe) if config.cache is not None else None
+    start = load_start(
+        config.pipeline,
+        recipe=recipe,
+        vlm_folder=config.vlm,
+        runs_vlm=config.embeddings == "on_the_fly",
+        vlm_dtype={"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision],
+        resolution=config.resolution,
+        prediction_type=config.prediction_type,
+        seed=config.seed,
+    )
+    pipeline, vlm, device = start.pipeline, start.vlm, accelerator.device
+    pipeline.register_to_config(vlm_dropout=config.embeddings == "none" or config.vlm_dropout > 0)
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.projector, *([vlm] if vlm is not None else [])):
+        module.requires_grad_(False).eval().to(device)
+    train, validation = make_datasets(config, pipeline, recipe)
+    connector = train.cache.connector(recipe).to(device) if train.cache is not None and recipe is not None else None
+    processor = start.vlm_files.processor if start.vlm_files is not None else None
+    asked = (vlm, processor) if vlm is not None else None
+    inputs = Inputs(pipeline, vlm=asked, connector=connector, noise_offset=config.noise_offset, seed=config.seed)
+
+    if config.lora_rank:
+        add_lora(pipeline.unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.projector.requires_grad_(config.embeddings != "none" and not config.freeze_projections)
+    denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout).train().to(device)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
+    is_fused = device.type == "cuda"  # otherwise a GPU's step needs temporaries of all weights' size
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=is_fused)
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
     )
-    denoiser.to(device)
-    ema = ResumableEma(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = None
+    if config.ema_decay:
+        ema = ResumableEma(trained, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+        accelerator.register_for_checkpointing(ema)
+    accelerator.register_for_checkpointing(schedule)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    accelerator.register_for_checkpointing(ema, schedule)
-    if accelerator.is_main_process:
-        (config.output_dir / "config.yaml").write_text(to_yaml(config))
-        count = sum(parameter.numel() for parameter in trained)
-        logger.info(
-            "%d pairs, latents %s, %.1f M trained parameters, %d process(es) on %s, %s, %s prediction",
-            *(len(train.rows), tuple(train.latents.shape[2:]), count / 1e6, accelerator.num_processes, device),
-            *(config.mixed_precision, pipeline.scheduler.config.prediction_type),
-        )
-    alphas_cumprod = pipeline.scheduler.alphas_cumprod.float()
-    scaling_factor = pipeline.vae.config.scaling_factor
-
-    def loss_of(
-        tensors: PairTensors, indices: list[int], timesteps: torch.Tensor, draws: torch.Tensor
-    ) -> torch.Tensor:
-        no_vlm = torch.rand(len(indices)) < (config.vlm_dropout if model.training else 0)
-        use_label = no_vlm & (torch.rand(len(indices)) < 0.5)
-        batch = tensors.batch(indices, draws, use_label)
-        clean = batch["target"] + batch["target_std"] * torch.randn(batch["target"].shape).to(device)
-        clean = clean * scaling_factor
-        noise = torch.randn(clean.shape).to(device)
-        alpha = alphas_cumprod[timesteps].to(device)[:, None, None, None]
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        prediction = model(noisy, timesteps.to(device), batch, no_vlm.to(device))
-        target = diffusion_target(pipeline.scheduler.config.prediction_type, clean, noise, alpha)
-        error = (prediction.float() - target).square().mean(1)  # (B, h, w)
-        return (error * batch["weights"]).sum() / batch["weights"].sum()
-
-    @torch.no_grad()
-    def validate(tensors: PairTensors) -> float:
-        """Loss on held-out pairs with fixed noise and timesteps and without dropout."""
-        model.eval()
-        losses = []
-        with torch.random.fork_rng(devices=[]):
-            for start in range(0, len(tensors.rows), 32):
-                indices = list(range(start, min(start + 32, len(tensors.rows))))
-                torch.manual_seed(start)
-                timesteps = draw_timesteps(len(indices), alphas_cumprod, config)
-                losses.append(float(loss_of(tensors, indices, timesteps, torch.ones(len(indices)))))
-        model.train()
-        return sum(losses) / len(losses)
-
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = timestep_weights(inputs.prediction_type, inputs.alphas, config.min_snr_gamma)
+    free = {"validation_split", "validation_pairs", "validate_every_steps", "pictures_every_steps", "pictures"}
+    free |= {"cache", "gradient_checkpointing"}
     steps = ResumableSteps(
         accelerator,
         config.output_dir,
-        num_samples=len(train.rows),
+        order=SampleOrder(
+            train.sizes, config.data_weights, config.seed, train.groups() if config.aspect_buckets else None
+        ),
         batch_size=config.batch_size,
         max_steps=config.max_steps,
+        settings={**resume_settings(config, free), "recipe": recipe.name if recipe is not None else None},
         max_minutes=config.max_minutes,
         save_every_minutes=config.save_every_minutes,
+        save_every_steps=config.save_every_steps,
+        log_every_steps=config.log_every_steps,
         seed=config.seed,
         name="LDM",
     )
-    model.train()
-    for step, indices in steps:
-        if validation is not None and step % config.validate_every_steps == 0 and accelerator.is_main_process:
-            with open(config.output_dir / "validation.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "loss": validate(validation)}) + "\n")
-        timesteps = draw_timesteps(len(indices), alphas_cumprod, config)
-        loss = loss_of(train, indices, timesteps, torch.rand(len(indices)))
-        steps.update(loss, trained, optimizer, schedule, config.max_grad_norm)
-        ema.step(denoiser.parameters())
-        steps.log(loss=loss.detach())
+    parts = {"pipeline": pipeline, "model": model, "trained": trained, "ema": ema, "inputs": inputs}
+    course = Run(config, accelerator, steps, **parts, validation=validation, vlm_files=start.vlm_files)
+    logger.info(
+        "start from the %s %s; %d samples, %s pixels; embeddings %s; %.1f M parameters trained, %s prediction",
+        *(start.kind, config.pipeline, len(train), f"{train.size[1]}x{train.size[0]}" if train.size else "mixed"),
+        *(config.embeddings, sum(parameter.numel() for parameter in trained) / 1e6, inputs.prediction_type),
+    )
+
+    steps.restore()
     if accelerator.is_main_process:
-        ema.copy_to(denoiser.parameters())
-        pipeline.register_to_config(vlm_dropout=config.cache is None or config.vlm_dropout > 0)
-        pipeline.to("cpu").save_pretrained(config.output_dir / "pipeline")
+        cut_log(config.output_dir / "validation.jsonl", steps.step - 1)  # this step is validated again
+
+    def plan() -> Iterator[list[tuple[int, int]]]:
+        for step in range(steps.step, config.max_steps):
+            for samples in steps.micro_batches(steps.indices(step)):
+                yield [(step, sample) for sample in samples]
+
+    batches = load_batches(train, plan(), num_workers=config.num_workers, pin_memory=device.type == "cuda")
+    before = time.perf_counter()
+    for step, indices in steps:
+        evaluates = step % config.validate_every_steps == 0
+        evaluates |= config.pictures_every_steps > 0 and step % config.pictures_every_steps == 0
+        if validation is not None and evaluates:
+            course.evaluate(step)
+            before = time.perf_counter()
+        waited = 0.0
+        steps.seed_random()  # validation may have drawn
+        for _ in steps.micro_batches(indices):
+            asked = time.perf_counter()
+            loaded = next(batches)
+            waited += time.perf_counter() - asked
+            with steps.accumulate(model):
+                batch = inputs(loaded)
+                loss = (losses_of(model, batch) * weights[batch["timestep"]]).mean()
+                steps.update(loss, trained, optimizer, schedule, config.max_grad_norm)
+            steps.log(loss=loss.detach())
+        if ema is not None:
+            ema.step(trained)
+        now = time.perf_counter()
+        steps.log(waiting_for_data=waited / (now - before))  # share of the time
+        before = now
+    if validation is not None and steps.finished:
+        course.evaluate(steps.step)
+    course.finish()
+    if accelerator.is_main_process:
         state = {"step": steps.step, "finished": steps.finished}
         (config.output_dir / "report.json").write_text(json.dumps(state, indent=1))
-        logger.info("step %d, LegoPipeline with averaged weights in %s", steps.step, config.output_dir / "pipeline")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(parse_config(TrainLdmConfig, __doc__))
+    run(main, TrainLdmConfig, __doc__)

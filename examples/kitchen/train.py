@@ -5,21 +5,19 @@
 Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and
 embeddings -> UNet and projector. Most are scripts that can be run on their own; running this command again goes on
 with the first stage that is not finished. `--max-minutes` ends the slice wherever it is. The result is
-`RUN_DIR/ldm/pipeline`; with `--export` it also replaces the embedded checkpoint. The device is found by accelerate.
+`RUN_DIR/ldm/last`; with `--export` it also replaces the embedded checkpoint. The device is found by accelerate.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 from transformers.models.auto.processing_auto import AutoProcessor
@@ -39,6 +37,8 @@ from lego_pipeline import LegoPipeline
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.config import parse_config
 from lego_pipeline.data.embedding_cache import EmbeddingCache
+from lego_pipeline.data.shards import pixel_key
+from lego_pipeline.export import whole_folder
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask
 
 
@@ -109,27 +109,6 @@ class Chain:
             )
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Generator[Path]:
-    """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written.
-
-    A folder that has the name already stays as it is until then, and if writing fails.
-    """
-    unfinished, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
-    for left_over in (unfinished, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def start_vlm(run: Path, data: Path) -> None:
     """LLaVA around the trained vision tower, before tuning."""
     rows = read_split(data, "train")
@@ -142,19 +121,21 @@ def start_vlm(run: Path, data: Path) -> None:
         processor.save_pretrained(folder)
 
 
-def frame_statistics(cache: Path) -> dict[str, Any]:
+def frame_statistics(folder: Path, rows: Dataset) -> dict[str, Any]:
     """How the training frames' pooled image embeddings vary least, and a distance that none of them comes near.
 
     Frames of another kind stand out where the training frames hardly differ, so the distance is measured along the 32
     principal directions of the least variance. The limit is 1.5 times the largest distance of a training frame.
-    """
-    import pyarrow.parquet as pq
 
-    embeddings = EmbeddingCache(cache)
-    keys = sorted(
-        {key for file in cache.glob("pairs-train-*.pairs") for key in pq.read_table(file)["frame_key"].to_pylist()}
-    )
-    pooled = torch.stack([embeddings.tensor(key).float().mean(0) for key in keys])
+    Args:
+        folder: of the embedding cache.
+        rows: to train on.
+    """
+    cache = EmbeddingCache(folder)
+    recipe = cache.recipe()
+    connector = cache.connector(recipe)
+    keys = sorted({recipe.frame_key(pixel_key(image)) for image in rows["image_0"]})
+    pooled = torch.stack([connector(cache.frame_states(key)).mean(0) for key in keys])
     directions = torch.linalg.eigh(torch.cov(pooled.T)).eigenvectors[:, :32].T  # (K, D), least variance first
     directions = directions.mul(1e4).round() / 1e4  # as they are written
     along = pooled @ directions.T  # (N, K)
@@ -168,7 +149,7 @@ def frame_statistics(cache: Path) -> dict[str, Any]:
     }
 
 
-def start_pipeline(run: Path) -> None:
+def start_pipeline(run: Path, data: Path) -> None:
     """The LegoPipeline folder that training of UNet and projector starts from."""
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(run / "vae" / "vae")
@@ -190,7 +171,7 @@ def start_pipeline(run: Path) -> None:
         image_guidance_scale=1.0,
         max_new_tokens=48,
         temperature=0.2,
-        frame_statistics=frame_statistics(run / "cache"),
+        frame_statistics=frame_statistics(run / "cache", read_split(data, "train")),
     )
     with whole_folder(run / "start") as folder:
         pipeline.save_pretrained(folder)
@@ -199,7 +180,7 @@ def start_pipeline(run: Path) -> None:
 def export(run: Path, folder: Path) -> None:
     """Writes the trained pipeline with the newest decoder in half precision; an older `folder` is replaced."""
     pipeline = LegoPipeline.from_pretrained(
-        run / "ldm" / "pipeline", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae")
+        run / "ldm" / "last", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae")
     )
     with whole_folder(folder) as unfinished:
         pipeline.to(torch.float16).save_pretrained(unfinished)
@@ -226,13 +207,12 @@ def main(config: TrainKitchenConfig) -> None:
             *("train/tune_vlm.py", "--data", data / "train", "--vlm", run / "vlm_start", "--batch-size", "32"),
             *("--learning-rate", "1e-3", "--max-steps", str(config.vlm_steps)),
         )
-        for split in ("train", "val"):
-            chain.call(
-                *("train/cache_embeddings.py", "--data", data / split, "--split", split, "--batch-size", "64"),
-                *("--vlm", run / "vlm" / "vlm", "--cache", run / "cache", "--max-new-tokens", "48"),
-            )
+        chain.call(
+            *("train/cache_embeddings.py", "--data", data, "--split", "train", "val", "--batch-size", "64"),
+            *("--vlm", run / "vlm" / "vlm", "--cache", run / "cache", "--max-new-tokens", "48"),
+        )
         if not (run / "start").exists():
-            start_pipeline(run)
+            start_pipeline(run, data)
         chain.train(
             "ldm",
             *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data),

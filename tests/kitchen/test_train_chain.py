@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
 from examples.kitchen import train
 from examples.kitchen.train import Chain, OutOfTime, TrainKitchenConfig, frame_statistics, whole_folder
 from lego_pipeline import LegoPipeline
 from lego_pipeline.data.embedding_cache import EmbeddingCache
-from lego_pipeline.vlm.base import Enhancement
+from lego_pipeline.enhance import fill_cache, make_recipe
+from lego_pipeline.vlm import llava
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,21 +116,21 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["start", "new"]
 
 
-def test_frame_statistics_are_those_of_the_training_frames(tmp_path):
-    frames = {f"f{i}": torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).half() for i in range(5)}
-    cache = EmbeddingCache(tmp_path)
-    for name, image_embeds in frames.items():
-        cache.add(name, f"{name}-text", Enhancement("I open it.", image_embeds, torch.zeros(2, 3)))
+def test_frame_statistics_are_those_of_the_training_frames(tmp_path, tiny_components, make_frame):
+    vlm, processor = tiny_components["vlm"], tiny_components["vlm_processor"]
+    frames = [make_frame(32, 32, seed) for seed in range(41)]  # the last one is not of the training split
+    cache = EmbeddingCache(tmp_path, dtype="float32")
+    fill_cache(vlm, processor, cache, make_recipe(vlm, processor, max_new_tokens=1), frames, ["open drawer"] * 41)
     cache.write()
-    for split, keys in {"train": ["f0", "f1", "f2", "f3", "f0"], "val": ["f4"]}.items():
-        table = pa.table({"id": keys, "frame_key": keys, "text_key": [f"{key}-text" for key in keys]})
-        pq.write_table(table, tmp_path / f"pairs-{split}-0.pairs")
-    pooled = torch.stack([frames[f"f{i}"].float().mean(0) for i in range(4)])
-    statistics = frame_statistics(tmp_path)
+    with torch.no_grad():
+        states = torch.stack(llava.frame_states(vlm, processor, frames[:40]))
+        pooled = llava.image_embeds(llava.connector(vlm), states, 32).mean(1)
+    statistics = frame_statistics(tmp_path, Dataset.from_dict({"image_0": [*frames[:40], frames[0]]}))
     along = pooled @ torch.tensor(statistics["directions"]).T
     torch.testing.assert_close(torch.tensor(statistics["mean"]), along.mean(0), atol=1e-3, rtol=0)
-    torch.testing.assert_close(torch.tensor(statistics["scale"]), along.std(0), atol=1e-3, rtol=0)
-    distances = ((along - along.mean(0)) / along.std(0)).square().mean(1)
+    scale = along.std(0).clamp_min(1e-4)
+    torch.testing.assert_close(torch.tensor(statistics["scale"]), scale, atol=1e-3, rtol=0)
+    distances = ((along - along.mean(0)) / scale).square().mean(1)
     assert statistics["limit"] == pytest.approx(1.5 * distances.max().item(), abs=0.05)
 
 
@@ -149,7 +149,7 @@ def test_a_killed_chain_goes_on_to_a_checkpoint_that_is_evaluated_and_described(
     process.wait()
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
-    model = run / "ldm" / "pipeline"
+    model = run / "ldm" / "last"
     assert LegoPipeline.from_pretrained(model).config.frame_statistics["limit"] > 0
     for module, *arguments in (
         ("evaluate", "--data", run / "data" / "test", "--model", model, "--output-dir", results, "--pairs", "4",
