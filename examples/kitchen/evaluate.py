@@ -11,19 +11,21 @@ Every sample has a generator of its own, so its picture doesn't depend on the ba
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from examples.kitchen.claims import claims_of
 from examples.kitchen.frames import load_frames, load_masks, psnr, to_unit
 from lego_pipeline import LegoPipeline, images
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.config import parse_config
 from lego_pipeline.contact_sheet import Card, draw_contact_sheet
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.evaluation.statistics import bootstrap_interval
 
 
 @dataclass(kw_only=True)
@@ -63,34 +65,16 @@ def generate(pipeline: LegoPipeline, rows: Dataset, config: EvaluateConfig) -> t
     return torch.cat(pictures), descriptions
 
 
-def hand_of(text: str) -> str:
-    """The hand that a description lets act: left, right or both."""
-    left, right = ("left hand" in text, "right hand" in text)
-    return "both" if "both hands" in text or (left and right) else "left" if left else "right"
-
-
 def description_report(descriptions: list[str], rows: Dataset) -> dict[str, float | int]:
     """Share of descriptions that equal the true one, name its hand, and name its colour where it has one."""
-    truths = rows["description"][:]
-    colours = [json.loads(slots).get("colour") for slots in rows["slots"][:]]
-    pairs = list(zip(descriptions, truths, colours, strict=True))
-    coloured = [colour in written.split() for written, _, colour in pairs if colour]
+    pairs = list(zip(descriptions, rows["description"][:], strict=True))
+    claims = [(claims_of(written), claims_of(truth)) for written, truth in pairs]
+    coloured = [said.colour == true.colour for said, true in claims if true.colour]
     return {
-        "equal": round(sum(written == truth for written, truth, _ in pairs) / len(pairs), 3),
-        "hand": round(sum(hand_of(written) == hand_of(truth) for written, truth, _ in pairs) / len(pairs), 3),
+        "equal": round(sum(written == truth for written, truth in pairs) / len(pairs), 3),
+        "hand": round(sum(said.hand == true.hand for said, true in claims) / len(pairs), 3),
         "colour": round(sum(coloured) / max(1, len(coloured)), 3),
         "with_colour": len(coloured),
-    }
-
-
-def interval(values: torch.Tensor) -> dict[str, float]:
-    """Mean of (N,) values and its 95 % bootstrap interval (1000 resamples, seed 0)."""
-    generator = torch.Generator().manual_seed(0)
-    choice = torch.randint(len(values), (1000, len(values)), generator=generator)
-    means = values[choice].mean(1).sort().values
-    return {
-        name: round(float(value), 3)
-        for name, value in zip(("mean", "low", "high"), (values.mean(), means[25], means[974]), strict=True)
     }
 
 
@@ -113,7 +97,10 @@ def main(config: EvaluateConfig) -> None:
     outside = ~inside
     regions = {"inside boxes": inside, "outside boxes": outside, "whole frame": torch.ones_like(inside)}
     table = {
-        name: {region: interval(psnr(pictures, target, mask)) for region, mask in regions.items()}
+        name: {
+            region: asdict(bootstrap_interval(psnr(pictures, target, mask).tolist()))
+            for region, mask in regions.items()
+        }
         for name, pictures in systems.items()
     }
     better = psnr(generated, target, inside) > psnr(before, target, inside)

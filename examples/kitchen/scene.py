@@ -136,15 +136,18 @@ def sample(seed: int, index: int, *, size: int = 128, samples: int = 2, **option
         hands_before, hands_target: the sides of the hands, in view or not.
         kitchen, seed, index.
     """
-    scene = build(seed, index, **options)
-    shot = scene.shot
+    return {**shoot(build(seed, index, **options), size, samples), "seed": seed, "index": index}
+
+
+def shoot(scene: Scene, size: int = 128, samples: int = 2) -> dict:
+    """Render a scene that is set up; see `sample`, whose result this is without `seed` and `index`."""
+    shot, action = scene.shot, ACTIONS[scene.action]
     wanted = {*shot.active, *(f"hand_{side}" for side in SIDES)}
     frames, boxes = [], []
     for parts, camera in zip(scene.parts, scene.cameras, strict=True):
         frame, part_map, names = trace(parts, camera, shot.kitchen.light, size, samples)
         frames.append(frame)
         boxes.append(_boxes(part_map, names, wanted))
-    action = ACTIONS[scene.action]
     return {
         "before": frames[0],
         "target": frames[1],
@@ -156,8 +159,6 @@ def sample(seed: int, index: int, *, size: int = 128, samples: int = 2, **option
         "kitchen": scene.kitchen,
         "hands_before": scene.hands[0],
         "hands_target": scene.hands[1],
-        "seed": seed,
-        "index": index,
     }
 
 
