@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], description: str | None = None) -> None:
-    """A script's `main` with its settings; a mistake or a full disk ends it with one line and exit code 1.
+    """A script's `main` with its settings, logging at level info; a mistake ends it with one line and exit code 1.
 
     Args:
         main: takes the settings.
@@ -31,6 +31,9 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
         description: the script's docstring.
     """
     config = parse_config(config_class, description)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a state
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel for 4-bit weights on some CPUs
     try:
         main(config)
     except (ValueError, OSError, ImportError) as error:

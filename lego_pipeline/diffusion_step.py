@@ -12,6 +12,7 @@ image tokens, N_t text states, D VLM width.
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from lego_pipeline.conditioning import drop_conditions
@@ -81,9 +82,8 @@ class Inputs:
         """Tensors of a batch, from what `PairDataset` gives."""
         batch = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in loaded.items()}
         if "pixels" in batch:
-            posterior = self.pipeline.vae.encode(batch["pixels"].flatten(0, 1)).latent_dist
-            mean, std = (tensor.unflatten(0, (-1, 2)) for tensor in (posterior.mode(), posterior.std))
-            batch |= {"image_latents": mean[:, 0], "target": mean[:, 1], "target_std": std[:, 1]}
+            before, after = (self._encode(frames) for frames in batch["pixels"].unbind(1))
+            batch |= {"image_latents": before.mode(), "target": after.mode(), "target_std": after.std}
         if "frame" in batch:
             batch |= self._embeds(self.enhance(batch), batch)
         if self.connector is not None:
@@ -97,6 +97,10 @@ class Inputs:
         batch["goal"] = diffusion_target(self.prediction_type, clean, noise, alpha)
         batch["null_condition"] = self.null_condition
         return batch
+
+    def _encode(self, frames: torch.Tensor) -> DiagonalGaussianDistribution:
+        """Posterior of frames (B, 3, H, W). Channels-last and not both frames at once: half the time on a CPU."""
+        return self.pipeline.vae.encode(frames.contiguous(memory_format=torch.channels_last)).latent_dist
 
     def enhance(self, batch: dict[str, Any]) -> list[Enhancement]:
         """The VLM on a batch's frames: the manifest's descriptions embedded, and generated where there are none."""

@@ -129,7 +129,6 @@ def read_rows(config: CacheEmbeddingsConfig) -> list[tuple[str, Dataset]]:
 
 
 def main(config: CacheEmbeddingsConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     accelerator = Accelerator()
     check_processes(config.expect_processes, accelerator.num_processes)
     named = read_rows(config)

@@ -25,7 +25,6 @@ DeepSpeed and FSDP were parsed and never run here. ZeRO-3 and FSDP split the wei
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -305,7 +304,6 @@ class Run:
 
 
 def main(config: TrainLdmConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     accelerator = start_accelerator(config)
     check_sharding(accelerator, config)
     write_run_files(config, accelerator)

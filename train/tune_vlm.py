@@ -255,7 +255,6 @@ def export(config: TuneVlmConfig, accelerator: Accelerator, vlm: nn.Module, proc
 
 
 def main(config: TuneVlmConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     accelerator = start_accelerator(config)
     parts = read_rows(config.data, config.split)
     rows = concatenate_datasets(parts)

@@ -48,7 +48,7 @@ CONSTANT = 32.0  # of the channel that keeps a group norm linear
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% else %} {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% else %} ASSISTANT: {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 

@@ -5,6 +5,7 @@ for was written, 1 something failed on the way, 2 the request itself cannot be s
 """
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel for 4-bit weights on some CPUs
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]
         try:

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from examples.kitchen import train
-from examples.kitchen.train import Chain, OutOfTime, TrainKitchenConfig, frame_statistics, whole_folder
+from examples.kitchen.train import Chain, OutOfTime, TrainKitchenConfig, frame_statistics
 from lego_pipeline import LegoPipeline
 from lego_pipeline.data.embedding_cache import EmbeddingCache
 from lego_pipeline.enhance import fill_cache, make_recipe
@@ -93,29 +93,6 @@ def test_the_end_of_the_slice_is_said_and_is_no_failure(tmp_path, clock, monkeyp
     assert "2 minutes are over; the same command goes on from here" in capsys.readouterr().out
 
 
-def test_a_folder_whose_writing_fails_is_not_there(tmp_path):
-    with pytest.raises(KeyError), whole_folder(tmp_path / "start") as folder:
-        (folder / "half").touch()
-        raise KeyError
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_whose_replacement_fails_stays(tmp_path):
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start" / "old").touch()
-    with pytest.raises(KeyError), whole_folder(tmp_path / "start"):
-        raise KeyError
-    assert [path.name for path in tmp_path.rglob("*")] == ["start", "old"]
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    for name in ("old", "new"):
-        (tmp_path / "start.unfinished").mkdir()  # left by a kill
-        with whole_folder(tmp_path / "start") as folder:
-            (folder / name).touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["start", "new"]
-
-
 def test_frame_statistics_are_those_of_the_training_frames(tmp_path, tiny_components, make_frame):
     vlm, processor = tiny_components["vlm"], tiny_components["vlm_processor"]
     frames = [make_frame(32, 32, seed) for seed in range(41)]  # the last one is not of the training split
@@ -158,6 +135,7 @@ def test_a_killed_chain_goes_on_to_a_checkpoint_that_is_evaluated_and_described(
     ):  # fmt: skip
         words = [sys.executable, "-m", f"examples.kitchen.{module}", *map(str, arguments)]
         subprocess.run(words, cwd=ROOT, env=environment, check=True)
-    names = {"results.json", "contact_sheet.jpg", "loss_curves.png", "ldm_validation.jsonl"}
-    assert {path.name for path in results.iterdir()} == names  # no log.jsonl: two steps are no logging interval
+    logs = {f"{stage}_log.jsonl" for stage in ("vae", "clip", "vlm", "ldm")}
+    names = {"results.json", "contact_sheet.jpg", "loss_curves.png", "ldm_validation.jsonl", *logs}
+    assert {path.name for path in results.iterdir()} == names
     assert "On " in (model / "README.md").read_text()
