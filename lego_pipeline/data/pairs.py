@@ -443,7 +443,7 @@ def _clip(fraction: float) -> float:
 
 
 @torch.no_grad()
-def fill_latents(datasets: Sequence[PairDataset], vae: AutoencoderKL, batch_size: int = 32) -> None:
+def fill_latents(datasets: Sequence[PairDataset], vae: AutoencoderKL, batch_size: int = 8) -> None:
     """Computes the latents that the store lacks; processes share the work.
 
     A batch always holds the same frames, so a frame's latents don't depend on where an earlier run was killed.
@@ -460,7 +460,9 @@ def fill_latents(datasets: Sequence[PairDataset], vae: AutoencoderKL, batch_size
 
     def compute(batch: Sequence[tuple[PairDataset, int, int]]) -> list[dict[str, torch.Tensor]]:
         pixels = torch.stack([dataset.pixels(sample, k) for dataset, sample, k in batch])
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        pixels = pixels.to(vae.device, vae.dtype)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+        posterior = vae.encode(pixels).latent_dist
         parts = zip(posterior.mode().float(), posterior.std.float(), strict=True)
         return [{"mean": mean, "std": std} for mean, std in parts]
 
