@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
-from benchmarks import inference
+from benchmarks import cache, inference, training
 from examples.kitchen.frames import load_frames, psnr, to_unit
-from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.data.manifest import read_manifest, write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,6 +82,88 @@ def test_a_saving_by_reuse_over_few_steps_says_so():
 def test_settings_out_of_range_name_themselves():
     with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
         inference.InferenceConfig(repeats=0)
+
+
+@pytest.mark.filterwarnings("ignore:The text encoder reads 77 tokens")
+def test_the_cache_benchmark_orders_the_precisions(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "new" / "cache.json"
+    report = cache.main(cache.CacheConfig(model=tiny_folder, pairs=3, json=path))
+    assert json.loads(path.read_text())["pairs"] == report["pairs"] == 3
+    bytes_of_a_frame = {row["dtype"]: row["first"] for row in report["sizes"] if row["name"] == "released sizes"}
+    assert bytes_of_a_frame["int8"] < bytes_of_a_frame["float16"] < bytes_of_a_frame["float32"]
+    for part in cache.PARTS:
+        half, int8 = (max(report["errors"][name][part]) for name in ("float16", "int8"))
+        assert 0 < half < int8 < 0.05
+    assert min(report["errors"]["another action"]["text part"]) > 0.05
+    assert "| released sizes | int8 |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def four_pairs(tmp_path):
+    """A manifest of four of the embedded pairs."""
+    write_shard(
+        [dict(row) for row in read_manifest(inference.FRAMES).select(range(4))], tmp_path / "data" / "0.parquet"
+    )
+    yield tmp_path / "data"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_step_of_the_example_trains_its_own_unet_and_average(tiny_pipeline, four_pairs):
+    rows = read_manifest(four_pairs)
+    example = training.Example(tiny_pipeline, rows, training.TrainingConfig(batch_size=2))
+    before = [parameter.clone() for parameter in tiny_pipeline.unet.parameters()]
+    for _ in range(3):  # into a second epoch
+        example.step()
+    after = list(example.unet.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_pipeline.unet.parameters(), strict=True))
+    assert sum(torch.equal(a, b) for a, b in zip(before, after, strict=True)) < 0.1 * len(before)
+    assert not any(torch.equal(a, b) for a, b in zip(example.average.shadow_params, before, strict=True) if a.ndim > 1)
+    assert example.bar.n == 3
+
+
+@pytest.mark.filterwarnings("ignore:The text encoder reads 77 tokens")
+def test_the_training_benchmark_runs_the_script_and_the_example_in_turn(
+    tiny_folder, four_pairs, tmp_path, monkeypatch, capsys
+):
+    order = []
+    original, losses_of = training.Example.step, training.train_ldm.losses_of
+    monkeypatch.setattr(training.Example, "step", lambda self: (order.append("example"), original(self)))
+    monkeypatch.setattr(training.train_ldm, "losses_of", lambda *args: (order.append("own"), losses_of(*args))[1])
+    path = tmp_path / "new" / "training.json"
+    config = training.TrainingConfig(model=tiny_folder, data=four_pairs, batch_size=2, rounds=2, json=path)
+    report = training.main(config)
+    assert order == ["own", "example"] * 2 * (training.WARM_UP + 2)
+    results = json.loads(path.read_text())["results"]
+    assert [result["way"] for result in results] == ["on the fly", "computed once"]
+    assert all(result["samples_per_second"]["train_ldm"] > 0 for result in results)
+    assert all(0 < result["waiting_for_data"] < 1 for result in results)
+    printed = capsys.readouterr().out
+    assert printed.count("held") + printed.count("MISSED") == len(report["bars"]) == 4
+    assert training.train_ldm.ResumableSteps is training.ResumableSteps
+
+
+def test_a_bar_is_held_at_its_limit_and_missed_below():
+    def result(way: str, ratio: float, wait: float) -> dict:
+        both = {clock: {"median": ratio} for clock in ("wall", "processor")}
+        return {"way": way, "ratio": both, "waiting_for_data": wait}
+
+    bars = training.bars([result("on the fly", 1.0, 0.06), result("computed once", 1.29, 0.05)])
+    assert [bar["held"] for bar in bars.values()] == [True, False, False, True]
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_holds_its_bars(tmp_path):
+    path = tmp_path / "training.json"
+    command = [sys.executable, "benchmarks/training.py", "--rounds", "5", "--threads", "1", "--json", str(path)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    bars = json.loads(path.read_text())["bars"]
+    # By processor time and with room for its noise, as below.
+    assert bars["speed, on the fly"]["by_processor_time"] >= 0.9
+    assert bars["speed, computed once"]["by_processor_time"] >= 1.2
+    assert bars["waiting for data, on the fly"]["held"]
+    assert bars["waiting for data, computed once"]["held"]
 
 
 @pytest.mark.slow
