@@ -1,11 +1,14 @@
 # Everything a newcomer types. `make demo` and `make test` set themselves up in .venv; once that is done, nothing
-# here needs the network, root, a display or a GPU (but `make test-slow`, which installs the wheel afresh).
+# here needs the network, root, a display or a GPU (but `make test-slow`, which installs the wheel afresh, and
+# `make test-comfy`, which fetches ComfyUI and, where root can, Chromium).
 #
 #   PYTHON=/path/to/python3.12   interpreter that makes .venv (default: the first of python3.13, 3.12, 3.11, python3
 #                                that is 3.11 or newer)
 #   VENV=.venv                   where the environment is
 #   WORKERS=2                    processes for `make test`
 #   OUTPUT=demo.png FRAMES=8     what `make demo` writes
+#   COMFYUI=.comfyui             where ComfyUI is fetched to for its tests; COMFYUI_PATH=... names a checkout to test
+#                                against instead
 #   ARGS=...                     further flags for pytest, `lego demo` or the kitchen's training
 
 SHELL    := /bin/bash
@@ -15,6 +18,7 @@ VENV     ?= .venv
 WORKERS  ?= 2
 OUTPUT   ?= demo.png
 FRAMES   ?= 8
+COMFYUI  ?= .comfyui
 ARGS     ?=
 
 BIN      := $(VENV)/bin
@@ -24,7 +28,7 @@ EXTRAS   := dev,vision,kitchen
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format kitchen
+.PHONY: help demo test test-slow test-comfy test-gpu check format kitchen
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,8 +40,14 @@ test: check ## check, then every test that needs neither minutes nor a GPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		-m "not slow and not gpu" $(ARGS)
 
-test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts
+test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts, kill loops
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10 $(ARGS)
+
+test-comfy: $(COMFYUI)/.ready ## the nodes in ComfyUI: the newest tree known and the oldest supported
+	@for tree in $${COMFYUI_PATH:-$(abspath $(COMFYUI))/ComfyUI $(abspath $(COMFYUI))/ComfyUI-oldest}; do \
+		echo "make: tests/comfy with $$tree"; \
+		COMFYUI_PATH="$$tree" LEGO_SCREENSHOTS="$(abspath $(COMFYUI))/screenshots/$$(basename "$$tree")" \
+			$(COMFYUI)/venv/bin/python -m pytest tests/comfy --durations=5 || exit 1; done
 
 test-gpu: $(READY) ## what only a GPU shows
 	$(BIN)/python -m pytest -m gpu --durations=10 $(ARGS) || \
@@ -55,6 +65,9 @@ format: $(READY) ## rewrite the sources as `make check` wants them
 
 kitchen: $(READY) ## render and train it, run again to resume; `make kitchen ARGS=--export` replaces the checkpoint
 	$(BIN)/python -m examples.kitchen.train $(ARGS)
+
+$(COMFYUI)/.ready: $(READY) tests/comfy/fetch_tree.py tests/comfy/requirements.txt
+	$(BIN)/python tests/comfy/fetch_tree.py $(COMFYUI)
 
 # A stamp, not the folder: an installation that was interrupted is taken up again.
 $(READY): pyproject.toml constraints.txt

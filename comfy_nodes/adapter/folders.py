@@ -1,0 +1,107 @@
+"""ComfyUI's folders: where checkpoints, LoRAs and caches are, and where something may be written."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from lego_pipeline.checkpoints import KITCHEN
+
+EMBEDDED = "kitchen (embedded)"
+FOLDER_NAME = "lego"
+CACHE_FOLDER = "lego_enhancements"  # below ComfyUI's output and input folders
+LORA_FILE = "comfyui.safetensors"  # as `lego_pipeline.lora.export_lora` names it
+
+
+def register_folder() -> None:
+    """Makes `models/lego` a model folder; paths of extra_model_paths.yaml under the same name stay first."""
+    folder_paths.add_model_folder_path(FOLDER_NAME, os.path.join(folder_paths.models_dir, FOLDER_NAME))
+
+
+def pipeline_folders() -> dict[str, Path]:
+    """LegoPipeline folders by the name that the loader shows, the embedded checkpoint first."""
+    return {EMBEDDED: KITCHEN, **_folders_with("model_index.json")}
+
+
+def vlm_folders() -> dict[str, Path]:
+    """Folders that hold a VLM: LegoPipeline folders with one, and transformers folders of a known family."""
+    found = {name: path for name, path in pipeline_folders().items() if (path / "vlm" / "config.json").is_file()}
+    plain = {
+        name: path
+        for name, path in _folders_with("config.json").items()
+        if (path / "processor_config.json").is_file() or (path / "preprocessor_config.json").is_file()
+    }
+    return {**found, **plain}
+
+
+def lora_folders() -> dict[str, Path]:
+    """Folders of LoRAs as the training script exports them, below models/lego and models/loras."""
+    return {**_folders_with(LORA_FILE, "loras"), **_folders_with(LORA_FILE)}
+
+
+def cache_folders() -> dict[str, Path]:
+    """Embedding caches below the output folder, the input folder and models/lego."""
+    found = {}
+    for kind, root in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
+        for place in sorted(Path(root, CACHE_FOLDER).glob("*/")):
+            if any(place.glob("recipe-*.json")):
+                found[f"{kind}/{place.name}"] = place
+    for root in folder_paths.get_folder_paths(FOLDER_NAME):
+        for recipe in sorted(Path(root).glob("**/recipe-*.json")):
+            found.setdefault(f"models/{recipe.parent.relative_to(root).as_posix()}", recipe.parent)
+    return found
+
+
+def cache_to_write(name: str) -> Path:
+    """The folder below the output folder of a cache of this name.
+
+    Raises:
+        ValueError: the name would leave that folder.
+    """
+    root = Path(folder_paths.get_output_directory(), CACHE_FOLDER).resolve()
+    folder = (root / name.strip()).resolve()
+    if not name.strip() or folder.parent != root:
+        raise ValueError(
+            f"`cache` must be the name of a folder, got {name!r}; it is made below output/{CACHE_FOLDER}, so write a "
+            "plain name such as kitchen."
+        )
+    return folder
+
+
+def folder_of(name: str, folders: dict[str, Path], kind: str = "model") -> Path:
+    """The folder behind a listed name; nothing but listed names is opened.
+
+    Raises:
+        FileNotFoundError: the name isn't in the list.
+    """
+    if name not in folders:
+        roots = ", ".join(folder_paths.get_folder_paths(FOLDER_NAME))
+        known = ", ".join(folders) or "none"
+        places = {
+            "model": f"put a folder written by `LegoPipeline.save_pretrained` into {roots}, or name its place under "
+            f"`{FOLDER_NAME}:` in extra_model_paths.yaml",
+            "cache": "make one with LEGO Save Enhancement",
+            "lora": f"put the `lora` folder of a training run into {roots}",
+        }
+        raise FileNotFoundError(
+            f"`{kind}` must be one of those found ({known}), got {name!r}; {places[kind]}, and press R."
+        )
+    return folders[name]
+
+
+def state_of(folder: Path | None, pattern: str) -> str:
+    """Names, sizes and times of a folder's files; changes when they change, so that a node runs again."""
+    files = [] if folder is None else sorted(folder.glob(pattern))
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def _folders_with(file_name: str, kind: str = FOLDER_NAME) -> dict[str, Path]:
+    """Folders below the paths of a kind that hold a file, by their relative path; not what is inside of those."""
+    found: dict[str, Path] = {}
+    for root in folder_paths.get_folder_paths(kind):
+        for place, folders, files in os.walk(root, followlinks=True):
+            if file_name in files and place != root:
+                found.setdefault(os.path.relpath(place, root).replace(os.sep, "/"), Path(place))
+            if "model_index.json" in files or file_name in files:
+                folders.clear()
+    return dict(sorted(found.items()))
