@@ -38,8 +38,18 @@ def run(main: Callable[[Config], None], config_class: type[Config], description:
         main(config)
     except (ValueError, OSError, ImportError) as error:
         logger.debug("ended by", exc_info=True)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_own_words(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _own_words(error: Exception) -> str:
+    """An error's message in one line; of one that a data loader's worker hands over with its traceback, the end."""
+    text = str(error)
+    if "Original Traceback (most recent call last)" in text:
+        frames = text.rsplit("Traceback (most recent call last):\n", 1)[1].splitlines()
+        first = next(i for i, line in enumerate(frames) if line and not line.startswith(" "))
+        text = " ".join(frames[first:]).partition(": ")[2] or frames[first]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def section_of(config_class: type) -> str:
@@ -77,8 +87,8 @@ def parse_config(
         text = f"{description or config_class.__doc__}\n\n{shared}"
         config = tyro.cli(config_class, description=text, args=arguments, default=default)
         report = config.report() if dry_run and hasattr(config, "report") else ""
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     if dry_run:
         print(to_yaml(config), *(f"# {line}".rstrip() + "\n" for line in report.splitlines()), sep="", end="")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
-from transformers import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from lego_pipeline import loading
 from lego_pipeline.pipeline_lego import LegoPipeline
+from lego_pipeline.vlm.load import load_processor
 
 WEIGHTS = ("*.safetensors", "*.bin")
 VLM_FILES = ("config.json", "generation_config.json", "*.index.json")
@@ -107,7 +107,8 @@ def find_vlm(pipeline_folder: Path, vlm_folder: Path | None = None) -> VlmFiles 
         vlm_folder: model and processor in one folder, taken instead.
 
     Raises:
-        FileNotFoundError: no model there.
+        FileNotFoundError: no model there, or one without weights.
+        ValueError: its weights are cut off, or there is no processor.
     """
     index = json.loads((pipeline_folder / "model_index.json").read_text(encoding="utf-8"))
     if vlm_folder is None and (index.get("vlm") or [None])[0] is None:
@@ -118,7 +119,8 @@ def find_vlm(pipeline_folder: Path, vlm_folder: Path | None = None) -> VlmFiles 
             f"`vlm` must be a whole model as transformers saves it, found no config.json in {folder}; "
             "of a folder with an adapter alone, merge it first."
         )
-    processor = AutoProcessor.from_pretrained(vlm_folder or pipeline_folder / "vlm_processor")
+    loading.check_component(folder)
+    processor = load_processor(str(vlm_folder or pipeline_folder / "vlm_processor"))
     return VlmFiles(folder=folder, processor=processor)
 
 

@@ -56,7 +56,63 @@ def check_folder(folder: Path, variant: str | None = None, passed: Collection[st
     for name, value in config.items():
         is_component = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if is_component and name not in passed:
-            _check_component(folder / name, variant)
+            check_component(folder / name, variant)
+
+
+def check_component(folder: Path, variant: str | None = None) -> None:
+    """Checks that a model's folder holds its config and its weights, whole by their headers.
+
+    Args:
+        folder: of one component; the name tells those that have no weights (tokenizer, scheduler, processor).
+        variant: as for `check_folder`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is cut off or unreadable.
+    """
+    names = CONFIG_NAMES.get(folder.name, ("config.json",))
+    configs = [folder / name for name in names if (folder / name).is_file()]
+    if not configs:
+        raise FileNotFoundError(
+            f"`{folder}` must hold `{names[0]}`, found nothing; copy or download the whole checkpoint again."
+        )
+    _read_json(configs[0])
+    if folder.name in WITHOUT_WEIGHTS:
+        return
+    files = _weight_files(folder, variant) or _weight_files(folder, None)
+    if not files:
+        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(
+            f"`{folder}` must hold the weights {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]} (.safetensors), found {others}; "
+            "pass the `variant` of these, or copy or download the whole checkpoint again."
+        )
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"`{file}` must be there, as the index beside it says; copy or download it again.")
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Checks that a file is as long as its header says.
+
+    Raises:
+        ValueError: it is not, or has no header.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if header_size + 8 > size:
+            raise ValueError(f"`{path}` must be a complete safetensors file, got {size} bytes of none; {_AGAIN}")
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"`{path}` must have a safetensors header, got none ({error}); {_AGAIN}") from error
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"`{path}` must have {expected} bytes by its header, got {size}; {_AGAIN}")
 
 
 def is_local(path: str) -> bool:
@@ -162,30 +218,6 @@ def _without_origin(config: dict[str, Any]) -> dict[str, Any]:
     return {key: _without_origin(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def _check_component(folder: Path, variant: str | None) -> None:
-    names = CONFIG_NAMES.get(folder.name, ("config.json",))
-    configs = [folder / name for name in names if (folder / name).is_file()]
-    if not configs:
-        raise FileNotFoundError(
-            f"`{folder}` must hold `{names[0]}`, found nothing; copy or download the whole checkpoint again."
-        )
-    _read_json(configs[0])
-    if folder.name in WITHOUT_WEIGHTS:
-        return
-    files = _weight_files(folder, variant) or _weight_files(folder, None)
-    if not files:
-        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
-        raise FileNotFoundError(
-            f"`{folder}` must hold the weights {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[1]} (.safetensors), found {others}; "
-            "pass the `variant` of these, or copy or download the whole checkpoint again."
-        )
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"`{file}` must be there, as the index beside it says; copy or download it again.")
-        if file.suffix == ".safetensors":
-            _check_safetensors(file)
-
-
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """Weight files of a component: one file, or the shards that an index names, present or not."""
     infix = f".{variant}" if variant else ""
@@ -198,23 +230,6 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
             if file.is_file():
                 return [file]
     return []
-
-
-def _check_safetensors(path: Path) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if header_size + 8 > size:
-            raise ValueError(f"`{path}` must be a complete safetensors file, got {size} bytes of none; {_AGAIN}")
-        try:
-            header = json.loads(file.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"`{path}` must have a safetensors header, got none ({error}); {_AGAIN}") from error
-    expected = 8 + header_size + max(ends, default=0)
-    if size != expected:
-        raise ValueError(f"`{path}` must have {expected} bytes by its header, got {size}; {_AGAIN}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.processing_utils import ProcessorMixin
 
+from lego_pipeline.loading import check_component
 from lego_pipeline.pipeline_lego import LegoPipeline
 from lego_pipeline.projector import LegoProjector
 
@@ -31,15 +32,26 @@ def pipeline_class(folder: str | Path) -> str:
 
     Raises:
         FileNotFoundError: there is no `model_index.json`.
+        ValueError: it is no JSON, or names no class.
     """
     try:
         config: Any = DiffusionPipeline.load_config(folder)
-        return config["_class_name"]
     except OSError as error:
+        index = Path(folder) / "model_index.json"
+        if index.is_file():
+            raise ValueError(
+                f"{index} must be JSON, but can't be read; copy or download the whole folder again."
+            ) from error
         raise FileNotFoundError(
             f"`pipeline` must be a folder in diffusers' layout, found no model_index.json at {folder}; "
             "pass a LegoPipeline, an InstructPix2Pix or a Stable Diffusion 1.x folder."
         ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(
+            f"model_index.json of {folder} must name its pipeline as `_class_name`, got none; copy or download the "
+            "whole folder again."
+        )
+    return config["_class_name"]
 
 
 def widen_input(unet: UNet2DConditionModel, in_channels: int) -> None:
@@ -85,14 +97,17 @@ def lego_from_stable_diffusion(
         **settings: further ones of `LegoPipeline`, such as `question_template`.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another pipeline, or a UNet that LEGO's sampling can't drive.
+        FileNotFoundError: no such folder, or one that lacks a file.
+        ValueError: another pipeline, a file that is cut off, or a UNet that LEGO's sampling can't drive.
     """
     name = pipeline_class(folder)
     if name not in KNOWN:
         raise ValueError(
             f"`folder` must hold one of {', '.join(KNOWN)}, got {name}; pass a Stable Diffusion 1.x folder."
         )
+    if Path(folder).is_dir():
+        for component in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            check_component(Path(folder) / component, variant)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, variant=variant)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, variant=variant)
     text_encoder = CLIPTextModel.from_pretrained(

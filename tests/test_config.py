@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import yaml
+from torch.utils.data import DataLoader, Dataset
 
 from lego_pipeline.config import parse_config, run, section_of, to_yaml
 from lego_pipeline.training import SaveError
@@ -220,6 +221,42 @@ def test_a_mistake_ends_a_script_with_one_line(
         run(main, ReportingConfig)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: `size` must be even, got 5.\n"
+
+
+class Items(Dataset):
+    """A data set whose items can't be had."""
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise KeyError(index)
+        except KeyError as error:
+            raise ValueError(f"`row` must be\nwhole, got: {index}.") from error
+
+
+def test_an_error_of_a_loaders_worker_ends_a_script_with_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(config: ReportingConfig) -> None:
+        next(iter(DataLoader(Items(), batch_sampler=[[config.size]], num_workers=1)))
+
+    monkeypatch.setattr(sys, "argv", ["script", "--size", "5"])
+    with pytest.raises(SystemExit):
+        run(main, ReportingConfig)
+    assert capsys.readouterr().err == "error: `row` must be whole, got: 5.\n"
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_a_report_that_fails_ends_a_dry_run_with_one_line(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(_: ReportingConfig) -> str:
+        raise error("adapters need\npeft.")
+
+    monkeypatch.setattr(ReportingConfig, "report", report)
+    with pytest.raises(SystemExit) as stop:
+        parse_config(ReportingConfig, arguments=["--dry-run"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: adapters need peft.\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

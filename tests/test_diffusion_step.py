@@ -1,7 +1,9 @@
 """Targets, weights and losses of a training step, and what the frozen models give to it."""
 
+from collections.abc import Callable
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -118,6 +120,23 @@ def test_one_draw_drops_the_conditions(
         denoiser(batch)
     assert torch.equal(seen[1][0], inputs.null_condition[0]) != text
     assert torch.equal(seen[0][:, 6:], torch.zeros(2, 6, 8, 8)) != image
+
+
+def test_generated_descriptions_come_from_the_seed_and_the_sample(
+    make_tiny_pipeline: Callable[..., LegoPipeline], tiny_components: dict[str, Any], frame: PIL.Image.Image
+) -> None:
+    pipe = make_tiny_pipeline()
+    pipe.register_to_config(temperature=1.0)
+    batch = {"frame": [frame] * 2, "action": ["open drawer"] * 2, "description": [None] * 2}
+    batch["sample"] = torch.tensor([3, 4])
+    vlm = tiny_components["vlm"], tiny_components["vlm_processor"]
+    texts = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        texts.append([answer.description for answer in Inputs(pipe, vlm=vlm, seed=seed).enhance(batch)])
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert texts[0][0] != texts[0][1]
 
 
 def test_frames_without_embeddings_need_a_vlm(tiny_pipeline: LegoPipeline) -> None:

@@ -89,6 +89,13 @@ def test_an_adapter_alone_is_no_vlm(tiny_folder: Path, tmp_path: Path) -> None:
         find_vlm(tiny_folder, tmp_path)
 
 
+def test_a_vlm_without_weights_is_none(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder / "vlm", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="must hold the weights"):
+        find_vlm(tiny_folder, tmp_path)
+
+
 def test_a_card_has_front_matter_for_the_hub_and_leaves_the_licence_open() -> None:
     card = model_card("Title", base_model="start", facts={"steps": 3}, settings="seed: 0\n")
     front = yaml.safe_load(card.split("---")[1])

@@ -12,7 +12,7 @@ HOSTS = ("train", "examples")  # import lego_pipeline, never one another
 OUTSIDE = (*HOSTS, "benchmarks", "tests")  # measure and test all of them; imported by none
 
 LEVELS = (
-    ("config",),
+    ("atomic", "config"),
     ("attention", "checkpoints", "conditioning", "contact_sheet", "guidance", "images", "loading",
      "lora", "projector", "scheduler", "training", "vlm.base"),
     ("vlm", "checks"),

@@ -138,3 +138,20 @@ def test_another_pipeline_is_refused(text_to_image: Path, tmp_path: Path) -> Non
 def test_a_folder_without_an_index_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found no model_index.json"):
         lego_from_stable_diffusion(tmp_path, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{}", "must name its pipeline as `_class_name`"), ("{", "model_index.json must be JSON")]
+)
+def test_a_broken_index_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        lego_from_stable_diffusion(tmp_path, **SIZES)
+
+
+def test_weights_that_are_cut_off_are_named(text_to_image: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_to_image, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="must have .* bytes by its header"):
+        lego_from_stable_diffusion(tmp_path, **SIZES)

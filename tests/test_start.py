@@ -1,15 +1,18 @@
 """What training starts from; that it trains from each kind of folder is shown in tests/train."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from lego_pipeline.data.embedding_cache import Recipe
+from lego_pipeline.enhance import make_recipe
 from lego_pipeline.pipeline_lego import LegoPipeline
 from lego_pipeline.start import load_start
 
@@ -32,11 +35,27 @@ def test_the_vlm_stays_on_disk_where_it_does_not_run(tiny_folder: Path) -> None:
     assert load_start(tiny_folder, runs_vlm=True).vlm is not None
 
 
-def test_the_pipeline_asks_as_the_cache_was_asked(tiny_folder: Path) -> None:
-    config = load_start(tiny_folder, recipe=Recipe(**RECIPE)).pipeline.config
+def test_the_pipeline_asks_as_the_cache_was_asked(tiny_folder: Path, tiny_components: dict[str, Any]) -> None:
+    vlm, processor = tiny_components["vlm"], tiny_components["vlm_processor"]
+    recipe = make_recipe(vlm, processor, question_template="How to {}?", max_new_tokens=7)
+    config = load_start(tiny_folder, recipe=recipe).pipeline.config
     assert (config["question_template"], config["max_new_tokens"]) == ("How to {}?", 7)
-    config = load_start(tiny_folder, recipe=Recipe(**RECIPE, descriptions="manifest")).pipeline.config
+    config = load_start(tiny_folder, recipe=replace(recipe, descriptions="manifest")).pipeline.config
     assert (config["question_template"], config["max_new_tokens"]) == ("How to {}?", 5)
+
+
+def test_a_cache_of_the_vlm_in_half_precision_is_one_of_the_vlm(
+    tiny_folder: Path, tiny_components: dict[str, Any]
+) -> None:
+    vlm = copy.deepcopy(tiny_components["vlm"]).to(torch.float16)
+    recipe = make_recipe(vlm, tiny_components["vlm_processor"])
+    assert recipe.vlm_key != make_recipe(tiny_components["vlm"], tiny_components["vlm_processor"]).vlm_key
+    assert load_start(tiny_folder, recipe=recipe).vlm_files is not None
+
+
+def test_a_cache_of_another_vlm_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="`cache` must be filled by the VLM that is exported, .* by `--vlm`"):
+        load_start(tiny_folder, recipe=Recipe(**RECIPE))
 
 
 def test_a_vlm_of_another_width_is_refused(tiny_folder: Path) -> None:

@@ -36,6 +36,7 @@ from lego_pipeline.training import (
     order,
     resume_settings,
     sample_generator,
+    seed_of,
     start_accelerator,
     steps,
     write_run_files,
@@ -143,7 +144,8 @@ def test_an_epoch_shows_every_sample_once() -> None:
 
 
 def test_the_order_of_one_data_set_is_a_permutation_seeded_by_run_and_epoch() -> None:
-    epochs = [torch.randperm(10, generator=torch.Generator().manual_seed((3 << 20) + epoch)) for epoch in (0, 1)]
+    seeds = [seed_of("epoch", 3, epoch) for epoch in (0, 1)]
+    epochs = [torch.randperm(10, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     order = SampleOrder([10], seed=3)
     assert [i for step in range(5) for i in order.batch(step, 4)] == torch.cat(epochs).tolist()
     assert SampleOrder([4, 6], seed=3).batch(2, 4) == order.batch(2, 4)  # joined sets are one
@@ -155,6 +157,7 @@ def test_an_order_depends_on_the_seed_alone() -> None:
     torch.manual_seed(2)
     assert SampleOrder([10]).batch(3, 4) == first
     assert SampleOrder([10], seed=1).batch(3, 4) != first
+    assert SampleOrder([10], seed=4096).batch(3, 4) != first  # equal in the lower 32 bits of seed << 20
 
 
 @pytest.mark.parametrize(
@@ -652,6 +655,39 @@ def test_other_micro_batches_of_the_same_step_go_on(tmp_path: Path) -> None:
     assert next(Run(tmp_path, accumulate=2, batch_size=2).train()) == 3
 
 
+def test_a_run_does_not_go_on_to_fewer_steps_than_it_has(tmp_path: Path) -> None:
+    half_way(tmp_path)
+    with pytest.raises(ValueError, match="`max_steps` must be at least 3, as many steps as the run in .* got 2"):
+        Run(tmp_path, max_steps=2).finish()
+    Run(tmp_path, max_steps=3).finish()
+    assert states(tmp_path) == ["step-2", "step-3"]
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize("at", ["log", "state"])
+def test_a_run_that_diverges_stops_before_its_weights_are_saved(tmp_path: Path, broken: str, at: str) -> None:
+    intervals = {"log_every_steps": 1} if at == "log" else {"log_every_steps": 100, "save_every_steps": 1}
+    run = Run(half_way(tmp_path), **intervals)
+    if broken == "loss":
+        run.data[:] = torch.nan
+    else:
+        run.model[0].weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(
+        ValueError, match=rf"`{broken}`.* must stay finite, .* up to 4 of .*step-3\. .*--learning-rate"
+    ):
+        run.finish()
+    assert states(tmp_path) == ["step-2", "step-3"]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_loss_that_is_no_number_at_the_last_step_is_noticed(tmp_path: Path) -> None:
+    run = Run(tmp_path, max_steps=1, log_every_steps=100)
+    run.data[:] = torch.nan
+    with pytest.raises(ValueError, match="`loss`.* must stay finite, .* no state was saved before"):
+        run.finish()
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.parametrize(("schedule", "warned"), [("cosine", True), ("constant_with_warmup", False)])
 def test_another_length_goes_on_with_a_warning_if_the_rate_depends_on_it(
     tmp_path: Path, schedule: str, warned: bool, caplog: pytest.LogCaptureFixture
@@ -726,9 +762,15 @@ def test_what_was_decided_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO)
     accelerator = start_accelerator(ScriptConfig(output_dir=tmp_path / "new"))
     assert accelerator.gradient_accumulation_steps == 2
-    for part in ("device cpu (", "float32 throughout", "4 x 2 accumulated x 1 process(es) = 8 samples a step"):
+    for part in ("device cpu (", "float32 throughout", "one process; a step takes batch 4 x 2 accumulated = 8"):
         assert part in caplog.text
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="`output_dir` must be a folder, got the file"):
+        start_accelerator(ScriptConfig(output_dir=tmp_path / "run", report_to="none"))
 
 
 def test_another_number_of_processes_than_expected_is_refused_with_the_line_that_starts_them(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lego_pipeline.config import run
 from lego_pipeline.data.embedding_cache import EmbeddingCache
@@ -40,8 +39,9 @@ from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.data.mirror import mirror_image, mirror_text
 from lego_pipeline.enhance import fill_cache, make_recipe
 from lego_pipeline.images import to_rgb
-from lego_pipeline.training import check_processes
+from lego_pipeline.training import check_number, check_processes
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, check_question
+from lego_pipeline.vlm.load import load_adapter, load_processor, load_vlm
 
 logger = logging.getLogger("cache_embeddings")
 
@@ -71,28 +71,17 @@ class CacheEmbeddingsConfig:
         if not self.data or not self.split:
             raise ValueError("`data` and `split` must each name at least one, got none.")
         for name in ("batch_size", "shard_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(
-                f"`temperature` and `top_k` must not be negative, got {self.temperature} and {self.top_k}."
-            )
+            check_number(self, name, 1)
+        for name in ("temperature", "top_k", "expect_processes"):
+            check_number(self, name, 0)
 
 
-def load_vlm(config: CacheEmbeddingsConfig, device: torch.device) -> tuple[Any, Any]:
-    """The VLM on its device, with its adapter if there is one, and its processor.
-
-    Raises:
-        ImportError: an adapter without peft.
-    """
-    processor = AutoProcessor.from_pretrained(config.vlm)
-    vlm = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=getattr(torch, config.dtype))
+def load_describer(config: CacheEmbeddingsConfig, device: torch.device) -> tuple[Any, Any]:
+    """The VLM on its device, with its adapter if there is one, and its processor."""
+    processor = load_processor(config.vlm)
+    vlm = load_vlm(config.vlm, dtype=getattr(torch, config.dtype))
     if config.adapter is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ImportError('`adapter` needs peft; run `pip install "lego-pipeline[train]"`.') from error
-        vlm = PeftModel.from_pretrained(vlm, config.adapter)
+        vlm = load_adapter(vlm, config.adapter)
     return vlm.eval().requires_grad_(False).to(device), processor
 
 
@@ -132,7 +121,7 @@ def main(config: CacheEmbeddingsConfig) -> None:
     accelerator = Accelerator()
     check_processes(config.expect_processes, accelerator.num_processes)
     named = read_rows(config)
-    vlm, processor = load_vlm(config, accelerator.device)
+    vlm, processor = load_describer(config, accelerator.device)
     recipe = make_recipe(
         vlm,
         processor,

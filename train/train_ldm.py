@@ -34,33 +34,32 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
 
 from lego_pipeline import LegoPipeline
-from lego_pipeline.config import run, to_yaml
+from lego_pipeline.config import plain_values, run
 from lego_pipeline.data.embedding_cache import EmbeddingCache, Recipe
+from lego_pipeline.data.facts import common_size, read_facts
 from lego_pipeline.data.manifest import read_manifest
-from lego_pipeline.data.pairs import (
-    Draws,
-    PairDataset,
-    common_size,
-    fill_latents,
-    fill_prompts,
-    load_batches,
-    open_precomputed,
-    read_facts,
-)
+from lego_pipeline.data.pairs import Draws, PairDataset, load_batches
+from lego_pipeline.data.precomputed import fill_latents, fill_prompts, open_precomputed
 from lego_pipeline.diffusion_step import Denoiser, Inputs, losses_of, timestep_weights
-from lego_pipeline.export import model_card, save_trained, whole_folder
+from lego_pipeline.export import VlmFiles, model_card, save_trained, whole_folder
 from lego_pipeline.lora import add_lora, export_lora, merge_lora
 from lego_pipeline.start import load_start
 from lego_pipeline.training import (
     ResumableEma,
     ResumableSteps,
     SampleOrder,
+    check_number,
+    check_settings,
     cut_log,
     resume_settings,
     start_accelerator,
@@ -69,6 +68,8 @@ from lego_pipeline.training import (
 from lego_pipeline.validation import averaged, draw_pictures, validate
 
 logger = get_logger("train_ldm")  # of the main process
+
+PLACES = ("data", "pipeline", "cache", "output_dir", "vlm")  # settings that say where something lies
 
 
 @dataclass(kw_only=True)
@@ -95,7 +96,7 @@ class TrainLdmConfig:
     pictures_every_steps: int = 0  # generate from the first validation pairs; 0 = never
     pictures: int = 4  # how many
     learning_rate: float = 1e-4
-    lr_scheduler: str = "constant_with_warmup"  # any name of diffusers.optimization.get_scheduler
+    lr_scheduler: str = "constant_with_warmup"  # any but piecewise_constant of get_scheduler in diffusers
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -123,13 +124,17 @@ class TrainLdmConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "validate_every_steps", "pictures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
-        if not 0 <= self.condition_dropout <= 1 / 3:
-            raise ValueError(f"`condition_dropout` must be between 0 and 1/3, got {self.condition_dropout}.")
+        check_settings(self)
+        for name in ("validate_every_steps", "validation_pairs", "pictures", "resolution", "lora_alpha"):
+            check_number(self, name, 1)
+        for name in ("pictures_every_steps", "lora_rank", "min_snr_gamma", "noise_offset"):
+            check_number(self, name, 0)
+        check_number(self, "log_sigma_mean")
+        check_number(self, "box_weight", above=0)
+        check_number(self, "condition_dropout", 0, 1 / 3)
+        check_number(self, "vlm_dropout", 0, 1)
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError("`lora_alpha` has no effect without `lora_rank`; pass both or none.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, got {self.ema_decay}.")
         if self.embeddings == "cache" and self.cache is None:
@@ -141,6 +146,15 @@ class TrainLdmConfig:
         if self.aspect_buckets and len(self.data_weights) > 1:
             raise ValueError("`data_weights` must be left out with `aspect_buckets`; drop one of them.")
 
+    @property
+    def trains_projector(self) -> bool:
+        return self.embeddings != "none" and not self.freeze_projections
+
+    @property
+    def alpha(self) -> int:
+        """Of LoRA, by default the rank."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
     def report(self) -> str:
         """Memory of a step, for `--dry-run`."""
         from lego_pipeline.memory import ldm_memory
@@ -150,7 +164,7 @@ class TrainLdmConfig:
                 self.pipeline,
                 batch_size=self.batch_size,
                 resolution=self.resolution,
-                trains_projector=self.embeddings != "none" and not self.freeze_projections,
+                trains_projector=self.trains_projector,
                 lora_rank=self.lora_rank,
                 gradient_checkpointing=self.gradient_checkpointing,
                 mixed_precision=self.mixed_precision,
@@ -159,6 +173,8 @@ class TrainLdmConfig:
             )
         except OSError as error:
             return f"memory is unknown, `pipeline` can't be read: {error}"
+        except ImportError as error:
+            return f"memory is unknown: {error}"
         return memory.table()
 
 
@@ -177,12 +193,25 @@ def check_sharding(accelerator: Accelerator, config: TrainLdmConfig) -> None:
             )
 
 
+def read_rows(config: TrainLdmConfig) -> tuple[list[Dataset], list[Dataset]]:
+    """Rows of each data set to train on, and to validate with (none without a split for it)."""
+    rows = [read_manifest(path, config.split) for path in config.data]
+    if not config.validation_split:
+        return rows, []
+    held_out = [read_manifest(path, config.validation_split) for path in config.data]
+    each = math.ceil(config.validation_pairs / len(held_out))
+    return rows, [part.select(range(min(len(part), each))) for part in held_out]
+
+
 def make_datasets(
-    config: TrainLdmConfig, pipeline: LegoPipeline, recipe: Recipe | None
+    config: TrainLdmConfig,
+    rows: list[Dataset],
+    held_out: list[Dataset],
+    pipeline: LegoPipeline,
+    recipe: Recipe | None,
 ) -> tuple[PairDataset, PairDataset | None]:
     """Training and validation samples, with all that is computed once on disk."""
     folder = config.output_dir / "precomputed"
-    rows = [read_manifest(path, config.split) for path in config.data]
     facts = [read_facts(part, folder / "frames", flips=config.flips) for part in rows]
     factor, resolution = pipeline.vae_scale_factor, pipeline.config.resolution
     size, others = common_size(facts, resolution, factor)
@@ -207,10 +236,7 @@ def make_datasets(
     }
     train = PairDataset(rows, facts, Draws(**draws, vlm_dropout=config.vlm_dropout), flips=config.flips, **options)
     validation = None
-    if config.validation_split:
-        held_out = [read_manifest(path, config.validation_split) for path in config.data]
-        each = math.ceil(config.validation_pairs / len(held_out))
-        held_out = [part.select(range(min(len(part), each))) for part in held_out]
+    if held_out:
         facts = [read_facts(part, folder / "frames") for part in held_out]
         validation = PairDataset(held_out, facts, Draws(**draws, has_dropout=False), **options)
     if config.precompute:
@@ -221,22 +247,33 @@ def make_datasets(
     return train, validation
 
 
+@dataclass(kw_only=True)
 class Run:
     """What is validated, drawn and saved in the course of a run; all processes call its methods together."""
 
-    def __init__(self, config: TrainLdmConfig, accelerator: Accelerator, steps: ResumableSteps, **parts: Any):
-        self.config, self.accelerator, self.steps = config, accelerator, steps
-        self.pipeline: LegoPipeline = parts["pipeline"]
-        self.model, self.trained, self.ema = parts["model"], parts["trained"], parts["ema"]
-        self.inputs, self.validation, self.vlm_files = parts["inputs"], parts["validation"], parts["vlm_files"]
-        self.alpha = config.lora_alpha or config.lora_rank
+    config: TrainLdmConfig
+    accelerator: Accelerator
+    steps: ResumableSteps
+    pipeline: LegoPipeline
+    model: nn.Module
+    trained: list[nn.Parameter]  # of the model
+    ema: EMAModel | None
+    inputs: Inputs
+    validation: PairDataset | None
+    vlm_files: VlmFiles | None
 
     def evaluate(self, step: int) -> None:
-        """Loss and pictures of the averaged weights; exports `best` if the loss is the lowest so far."""
+        """Where they are due: loss and pictures of the averaged weights; exports `best` if the loss is the lowest.
+
+        Done before the state of the step is saved, so that a state knows of its own validation.
+        """
         config, progress = self.config, self.steps.progress
-        draws = config.pictures_every_steps and step % config.pictures_every_steps == 0
+        validates = step % config.validate_every_steps == 0 or step == config.max_steps
+        draws = config.pictures_every_steps > 0 and step % config.pictures_every_steps == 0
+        if self.validation is None or not (validates or draws):
+            return
         with averaged(self.ema, self.trained, self.model):
-            if step % config.validate_every_steps == 0 or self.steps.finished:
+            if validates:
                 loss = validate(self.accelerator, self.model, self.inputs, self.validation)
                 if self.accelerator.is_main_process:
                     with open(config.output_dir / "validation.jsonl", "a", encoding="utf-8") as file:
@@ -246,13 +283,13 @@ class Run:
                     progress |= {"best_loss": loss, "best_step": step}
                     self.export("best", step)
             if draws and self.accelerator.is_main_process:
-                self.draw(step)
+                self.draw(step, self.validation)
         self.accelerator.wait_for_everyone()
 
-    def draw(self, step: int) -> None:
+    def draw(self, step: int, validation: PairDataset) -> None:
         """Pictures to `output_dir/validation` and to the trackers."""
         with self.accelerator.autocast():
-            sheet = draw_pictures(self.pipeline, self.inputs, self.validation, self.config.pictures, self.config.seed)
+            sheet = draw_pictures(self.pipeline, self.inputs, validation, self.config.pictures, self.config.seed)
         path = self.config.output_dir / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
@@ -275,10 +312,11 @@ class Run:
             for part in ("unet.", "projector.")
         )
         folder, card = self.config.output_dir / name, self.card(step)
-        save_trained(folder, self.pipeline, merge_lora(unet, self.alpha), projector, vlm=self.vlm_files, card=card)
+        alpha = self.config.alpha
+        save_trained(folder, self.pipeline, merge_lora(unet, alpha), projector, vlm=self.vlm_files, card=card)
         if self.config.lora_rank and name == "last":
             with whole_folder(self.config.output_dir / "lora") as unfinished:
-                export_lora(unet, self.alpha, unfinished)
+                export_lora(unet, alpha, unfinished)
                 self.pipeline.projector.save_pretrained(unfinished / "projector")
         logger.info("step %d, LegoPipeline in %s", step, folder)
 
@@ -298,15 +336,15 @@ class Run:
             if "best_loss" not in progress
             else f"{progress['best_loss']:.4f} at step {progress['best_step']:,}",
         }
-        places = ("data", "pipeline", "cache", "output_dir", "vlm", "- ")
-        kept = [line for line in to_yaml(config).splitlines() if not line.startswith(places)]
-        return model_card("LegoPipeline", base_model=config.pipeline.name, facts=facts, settings="\n".join(kept))
+        kept = {name: value for name, value in plain_values(config).items() if name not in PLACES}
+        settings = yaml.safe_dump(kept, sort_keys=False)
+        return model_card("LegoPipeline", base_model=config.pipeline.name, facts=facts, settings=settings)
 
 
 def main(config: TrainLdmConfig) -> None:
     accelerator = start_accelerator(config)
     check_sharding(accelerator, config)
-    write_run_files(config, accelerator)
+    rows, held_out = read_rows(config)
     recipe = EmbeddingCache(config.cache).recipe(config.recipe) if config.cache is not None else None
     start = load_start(
         config.pipeline,
@@ -322,17 +360,20 @@ def main(config: TrainLdmConfig) -> None:
     pipeline.register_to_config(vlm_dropout=config.embeddings == "none" or config.vlm_dropout > 0)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.projector, *([vlm] if vlm is not None else [])):
         module.requires_grad_(False).eval().to(device)
-    train, validation = make_datasets(config, pipeline, recipe)
+    train, validation = make_datasets(config, rows, held_out, pipeline, recipe)
     connector = train.cache.connector(recipe).to(device) if train.cache is not None and recipe is not None else None
     processor = start.vlm_files.processor if start.vlm_files is not None else None
     asked = (vlm, processor) if vlm is not None else None
     inputs = Inputs(pipeline, vlm=asked, connector=connector, noise_offset=config.noise_offset, seed=config.seed)
 
+    # Before adapters rename the weights. Of what is trained whole, a state holds the weights themselves.
+    whole = ([] if config.lora_rank else ["unet"]) + (["projector"] if config.trains_projector else [])
+    sources: dict[str, Any] = {"rows": train.digest(), **start.frozen_keys(whole)}
     if config.lora_rank:
-        add_lora(pipeline.unet, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+        add_lora(pipeline.unet, config.lora_rank, config.alpha, config.seed)
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-    pipeline.projector.requires_grad_(config.embeddings != "none" and not config.freeze_projections)
+    pipeline.projector.requires_grad_(config.trains_projector)
     denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout).train().to(device)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     is_fused = device.type == "cuda"  # otherwise a GPU's step needs temporaries of all weights' size
@@ -358,7 +399,7 @@ def main(config: TrainLdmConfig) -> None:
         ),
         batch_size=config.batch_size,
         max_steps=config.max_steps,
-        settings={**resume_settings(config, free), "recipe": recipe.name if recipe is not None else None},
+        settings={**resume_settings(config, free), **sources, "recipe": recipe.name if recipe is not None else None},
         max_minutes=config.max_minutes,
         save_every_minutes=config.save_every_minutes,
         save_every_steps=config.save_every_steps,
@@ -366,8 +407,18 @@ def main(config: TrainLdmConfig) -> None:
         seed=config.seed,
         name="LDM",
     )
-    parts = {"pipeline": pipeline, "model": model, "trained": trained, "ema": ema, "inputs": inputs}
-    course = Run(config, accelerator, steps, **parts, validation=validation, vlm_files=start.vlm_files)
+    course = Run(
+        config=config,
+        accelerator=accelerator,
+        steps=steps,
+        pipeline=pipeline,
+        model=model,
+        trained=trained,
+        ema=ema,
+        inputs=inputs,
+        validation=validation,
+        vlm_files=start.vlm_files,
+    )
     logger.info(
         "start from the %s %s; %d samples, %s pixels; embeddings %s; %.1f M parameters trained, %s prediction",
         *(start.kind, config.pipeline, len(train), f"{train.size[1]}x{train.size[0]}" if train.size else "mixed"),
@@ -375,8 +426,10 @@ def main(config: TrainLdmConfig) -> None:
     )
 
     steps.restore()
+    write_run_files(config, accelerator)  # not before: a run that is refused leaves those of the run before
     if accelerator.is_main_process:
-        cut_log(config.output_dir / "validation.jsonl", steps.step - 1)  # this step is validated again
+        # A state knows of its own validation, but the first one is done before there is any state.
+        cut_log(config.output_dir / "validation.jsonl", steps.step if steps.step > 0 else -1)
 
     def plan() -> Iterator[list[tuple[int, int]]]:
         for step in range(steps.step, config.max_steps):
@@ -384,15 +437,11 @@ def main(config: TrainLdmConfig) -> None:
                 yield [(step, sample) for sample in samples]
 
     batches = load_batches(train, plan(), num_workers=config.num_workers, pin_memory=device.type == "cuda")
+    if steps.step == 0:
+        course.evaluate(0)
     before = time.perf_counter()
     for step, indices in steps:
-        evaluates = step % config.validate_every_steps == 0
-        evaluates |= config.pictures_every_steps > 0 and step % config.pictures_every_steps == 0
-        if validation is not None and evaluates:
-            course.evaluate(step)
-            before = time.perf_counter()
         waited = 0.0
-        steps.seed_random()  # validation may have drawn
         for _ in steps.micro_batches(indices):
             asked = time.perf_counter()
             loaded = next(batches)
@@ -406,10 +455,14 @@ def main(config: TrainLdmConfig) -> None:
             ema.step(trained)
         now = time.perf_counter()
         steps.log(waiting_for_data=waited / (now - before))  # share of the time
-        before = now
-    if validation is not None and steps.finished:
-        course.evaluate(steps.step)
+        course.evaluate(step + 1)
+        before = time.perf_counter()
     course.finish()
+    if config.embeddings == "cache" and start.vlm_files is None:
+        logger.warning(
+            "%s has no VLM: to have it describe frames, pass the folder of the cache's VLM by `--vlm`",
+            config.output_dir / "last",
+        )
     if accelerator.is_main_process:
         state = {"step": steps.step, "finished": steps.finished}
         (config.output_dir / "report.json").write_text(json.dumps(state, indent=1))

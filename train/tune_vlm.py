@@ -25,6 +25,7 @@ Launch lines, `...` standing for the flags above:
 DeepSpeed and FSDP were parsed and never run here; give them `--dtype float32`, as they want weights of one type.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -32,9 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Image, concatenate_datasets
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,10 +44,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from lego_pipeline.config import run
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.data.shards import weights_key
 from lego_pipeline.export import whole_folder
 from lego_pipeline.training import (
     ResumableSteps,
     SampleOrder,
+    check_number,
+    check_settings,
     cut_log,
     resume_settings,
     start_accelerator,
@@ -53,10 +58,12 @@ from lego_pipeline.training import (
 )
 from lego_pipeline.vlm import VLM_FAMILIES, chat, family_of
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask, base_model, check_question
+from lego_pipeline.vlm.load import load_processor, load_vlm
 from lego_pipeline.vlm.tuning import (
     answer_loss,
     checkpoint_activations,
     count_tokens,
+    frozen_weights,
     load_in_4_bits,
     merge_adapter,
     set_training,
@@ -120,17 +127,12 @@ class TuneVlmConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_settings(self)
         check_question(self.question_template)
-        if not self.data:
-            raise ValueError("`data` must name at least one manifest, got none.")
-        counts = ("batch_size", "gradient_accumulation_steps", "max_steps", "lora_rank", "lora_alpha")
-        for name in (*counts, "validation_rows", "validate_every_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("lora_rank", "lora_alpha", "validation_rows", "validate_every_steps"):
+            check_number(self, name, 1)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
         if self.dtype != "float32" and self.mixed_precision == "no":
             raise ValueError(
                 f"`dtype` must be float32 with `mixed_precision` no, got {self.dtype}; pass --mixed-precision "
@@ -181,6 +183,20 @@ def read_rows(paths: Iterable[Path], split: str) -> list[Dataset]:
             raise ValueError(f"`data` must have a description in every row, {path} lacks {lacking}; write them first.")
         parts.append(rows)
     return parts
+
+
+def rows_key(rows: Dataset) -> str:
+    """Digest of all that training reads of the rows; of a frame's file the size, which is cheap and seldom stays."""
+    digest = hashlib.sha256()
+    files = rows.cast_column("image_0", Image(decode=False)).with_format("arrow")
+    for table in files.iter(1000):
+        frames = table["image_0"].combine_chunks()
+        sizes = pc.binary_length(frames.field("bytes")).to_pylist()
+        paths = frames.field("path").to_pylist()
+        sizes = [Path(path).stat().st_size if size is None else size for size, path in zip(sizes, paths, strict=True)]
+        facts = [sizes, table["action"].to_pylist(), table["description"].to_pylist()]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -263,19 +279,13 @@ def main(config: TuneVlmConfig) -> None:
     if config.validation_split is not None:
         held_out = concatenate_datasets(read_rows(config.data, config.validation_split))
         held_out = held_out.select(range(min(config.validation_rows, len(held_out))))
-    try:
-        processor = AutoProcessor.from_pretrained(config.vlm)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            "`vlm` must be a folder with a VLM and its processor, or a hub name that can be reached, got "
-            f"{config.vlm} ({str(error).splitlines()[0]}); pass the folder."
-        ) from error
+    processor = load_processor(config.vlm)
     chat.check_template(processor)
     dtype = getattr(torch, config.dtype)
     if config.tuning == "qlora":
         vlm = load_in_4_bits(config.vlm, dtype, accelerator.device)
     else:
-        vlm = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=dtype)
+        vlm = load_vlm(config.vlm, dtype=dtype)
     collate = Collate(vlm.config.model_type, processor, config.question_template)
     vlm = train_parts(config, vlm)
     trained = trained_parameters(vlm)
@@ -294,17 +304,18 @@ def main(config: TuneVlmConfig) -> None:
             *(len(rows), len(parts), config.tuning, collate.model_type, sum(p.numel() for p in trained) / 1e6),
             *(sum(p.numel() for p in vlm.parameters() if not p.requires_grad) / 1e6, config.dtype),
         )
-    write_run_files(config, accelerator)
+    settings = resume_settings(config, {"validation_split", "validation_rows", "validate_every_steps"})
+    if accelerator.is_main_process:  # which alone compares them; not in the state, and not told by a path
+        settings |= {"frozen weights": weights_key(frozen_weights(vlm)), "rows": rows_key(rows)}
     vlm, optimizer = accelerator.prepare(vlm, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    free = {"validation_split", "validation_rows", "validate_every_steps"}
     steps = ResumableSteps(
         accelerator,
         config.output_dir,
         order=order,
         batch_size=config.batch_size,
         max_steps=config.max_steps,
-        settings=resume_settings(config, free),
+        settings=settings,
         max_minutes=config.max_minutes,
         save_every_minutes=config.save_every_minutes,
         save_every_steps=config.save_every_steps,
@@ -314,6 +325,7 @@ def main(config: TuneVlmConfig) -> None:
         progress={"validation_loss": None, "best_validation_loss": None, "best_step": None},
     )
     steps.restore()
+    write_run_files(config, accelerator)
     log = config.output_dir / "validation.jsonl"
     if accelerator.is_main_process:
         cut_log(log, steps.step)

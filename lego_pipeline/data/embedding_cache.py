@@ -26,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lego_pipeline.data.shards import ShardStore, content_key, pixel_key, state_dict_of, write_atomically
+from lego_pipeline.atomic import write_atomically
+from lego_pipeline.data.shards import ShardStore, content_key, pixel_key, state_dict_of
 from lego_pipeline.vlm import VLM_FAMILIES
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, Enhancement, ask, check_question
 

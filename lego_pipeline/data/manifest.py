@@ -31,6 +31,8 @@ from datasets import Dataset, DatasetInfo, Features, Image, List, Value
 from datasets.table import table_cast
 from PIL import Image as PILImage
 
+from lego_pipeline.atomic import write_atomically
+
 BOX = {
     "name": Value("string"),
     "x0": Value("float32"),
@@ -95,16 +97,7 @@ def write_shard(rows: list[dict], path: str | os.PathLike) -> None:
         {name: [row.get(name) for row in rows] for name in features}, schema=features.arrow_schema
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    write_atomically(path, lambda unfinished: pq.write_table(table, unfinished, compression="zstd"))
 
 
 def read_manifest(path: str | os.PathLike, split: str | None = None) -> Dataset:
@@ -307,13 +300,3 @@ def _report(path: Path, problems: list[str]) -> str:
         f"{path} has {len(problems)} bad row{'s' if len(problems) > 1 else ''}; correct or remove them:\n  "
         + "\n  ".join(lines)
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming in a folder last through a power cut, where the system can open folders (Windows can't)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageOps
 
 _PAIRS = (("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"), ("leftwards", "rightwards"))
-_PAIRS += (("clockwise", "counterclockwise"), ("clockwise", "counter-clockwise"), ("clockwise", "anticlockwise"))
+_PAIRS += tuple(("clockwise", f"{against}clockwise") for against in ("counter", "counter-", "anti", "anti-"))
 _OTHER = {second: first for first, second in _PAIRS} | {first: second for first, second in reversed(_PAIRS)}
 # Longest first, so that "counter-clockwise" is not taken for the "clockwise" in it.
 _WORDS = re.compile(rf"\b({'|'.join(sorted(_OTHER, key=len, reverse=True))})\b", re.IGNORECASE)

@@ -1,133 +1,41 @@
 """Pairs of frames as training reads them: latents, text encodings, VLM embeddings and random numbers of one sample.
 
-Nothing that grows with the data is held in memory but keys: frames come from the manifest, latents and text encodings
-from a `ShardStore` that is filled once, VLM embeddings from an `EmbeddingCache`, all memory-mapped. A sample is asked
-for by (step, number), and all its random numbers come from these two and the seed, so it makes no difference which
-process or loader worker makes it.
+What grows with the data and is held in memory are the facts of `lego_pipeline.data.facts` (sizes and three keys of a
+pair, about 130 bytes) and the keys of the stores' entries. Frames come from the manifest, latents and text encodings
+from a `ShardStore` that is filled once (`lego_pipeline.data.precomputed`), VLM embeddings from an `EmbeddingCache`,
+all memory-mapped. A sample is asked for by (step, number), and all its random numbers come from these two and the
+seed, so it makes no difference which process or loader worker makes it.
 
 Letters: H, W frame size in pixels as the model sees it, h, w latent size, c latent channels, C width of the text
 encoder's states, N_i VLM image tokens, K width of a frame's states, N_t text states, D VLM width.
 """
 
 import hashlib
+import json
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import PIL.Image
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset, Image
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from datasets import Dataset
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from tqdm.auto import tqdm
-from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lego_pipeline import images
 from lego_pipeline.data.boxes import box_mask
 from lego_pipeline.data.embedding_cache import FILL, EmbeddingCache, Recipe
+from lego_pipeline.data.facts import FRAMES, centre_crop, read_frame
 from lego_pipeline.data.mirror import mirror_boxes, mirror_image, mirror_text
-from lego_pipeline.data.shards import ShardStore, content_key, model_key, pixel_key, write_atomically
+from lego_pipeline.data.shards import ShardStore, content_key
 from lego_pipeline.training import sample_generator
 
-FRAMES = ("image_0", "image_1")
-FACTS = pa.schema(
-    [(f"pixels_{k}", pa.string()) for k in (0, 1)]
-    + [("mirrored_0", pa.string())]
-    + [(f"{side}_{k}", pa.int32()) for k in (0, 1) for side in ("height", "width")]
-)
 VALIDATION_STEP = -1  # the step of draws that are the same whenever a model is validated
-
-
-# --- Facts of the frames -------------------------------------------------------------------------------------------
-
-
-def read_facts(rows: Dataset, folder: Path, *, flips: bool = False) -> pa.Table:
-    """What has to be known of every pair's frames before training; found once and kept in `folder`.
-
-    Every frame has to be decoded for it, so the table is kept under a digest of the undecoded files. Processes share
-    the rows, and all get the whole table.
-
-    Args:
-        rows: of a manifest.
-        folder: of the kept tables.
-        flips: whether keys of the mirrored frames are needed.
-
-    Returns:
-        One row per pair with the columns of `FACTS`: keys of the frames' pixels, of the mirrored input frame's (empty
-        without flips), and the frames' sizes.
-
-    Raises:
-        ValueError: a row without a target frame.
-    """
-    state = PartialState()
-    share = rows.select_columns(["id", *FRAMES]).select(range(state.process_index, len(rows), state.num_processes))
-    undecoded = share.cast_column("image_0", Image(decode=False)).cast_column("image_1", Image(decode=False))
-    digest = hashlib.sha256(str(flips).encode())
-    for row in undecoded:
-        for name in FRAMES:
-            if row[name] is None:
-                raise ValueError(f"`data` must have both frames in every row, {row['id']!r} lacks {name}; remove it.")
-            frame = row[name]
-            digest.update(Path(frame["path"]).read_bytes() if frame["bytes"] is None else frame["bytes"])
-    memo = folder / f"frames-{digest.hexdigest()[:32]}.parquet"
-    if not memo.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(share, desc="read frames", disable=not state.is_main_process, mininterval=5)
-        table = pa.Table.from_pylist([_facts_of(row, flips) for row in bar], FACTS)
-        write_atomically(memo, lambda path: pq.write_table(table, path))
-    parts: list[pa.Table] = gather_object([pq.read_table(memo)])
-    starts = [0, *accumulate(len(part) for part in parts)]
-    order = [starts[i % len(parts)] + i // len(parts) for i in range(len(rows))]
-    return pa.concat_tables(parts).take(order).combine_chunks()
-
-
-def _facts_of(row: Mapping[str, Any], flips: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {"mirrored_0": ""}
-    for k, name in enumerate(FRAMES):
-        frame = _frame(row[name])
-        facts |= {f"pixels_{k}": pixel_key(frame), f"height_{k}": frame.height, f"width_{k}": frame.width}
-        if flips and k == 0:
-            facts["mirrored_0"] = pixel_key(mirror_image(frame))
-    return facts
-
-
-def _frame(image: Any) -> PIL.Image.Image:
-    return images.to_pil(images.to_frames(image)[0])
-
-
-def common_size(facts: Sequence[pa.Table], resolution: int, factor: int) -> tuple[tuple[int, int], int]:
-    """(height, width) at which the model sees most input frames, and how many pairs have another one.
-
-    Args:
-        facts: of every data set.
-        resolution: side in pixels of the square whose area is trained at.
-        factor: pixels per latent cell.
-    """
-    sizes: Counter[tuple[int, int]] = Counter()
-    for table in facts:
-        own = Counter(zip(table["height_0"].to_pylist(), table["width_0"].to_pylist(), strict=True))
-        for (height, width), count in own.items():
-            sizes[images.model_size(height, width, resolution, factor)] += count
-    size, count = sizes.most_common(1)[0]
-    return size, sizes.total() - count
-
-
-def centre_crop(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Largest window (x0, y0, x1, y1), fractions of a frame, that has the aspect of `size` = (height, width)."""
-    aspect = size[1] / size[0] * height / width  # of the window, in fractions
-    x, y = min(1.0, aspect), min(1.0, 1 / aspect)
-    return (1 - x) / 2, (1 - y) / 2, (1 + x) / 2, (1 + y) / 2
+CHUNK = 1000  # rows that are read at once for a digest
 
 
 # --- Random numbers -------------------------------------------------------------------------------------------------
@@ -205,19 +113,6 @@ class Precomputed:
         return content_key("prompt", self.text_key, text)
 
 
-def open_precomputed(
-    folder: Path, vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Precomputed:
-    """The store in a folder, for what these models compute; every process writes shards of its own."""
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return Precomputed(
-        store=ShardStore(folder, f"p{PartialState().process_index}"),
-        vae_key=model_key(vae, config),
-        text_key=model_key(text_encoder, vocabulary, tokenizer.model_max_length),
-    )
-
-
 class PairDataset(TorchDataset):
     """All samples of some data sets; each is asked for by (step, number).
 
@@ -225,7 +120,7 @@ class PairDataset(TorchDataset):
 
     Args:
         rows: of the manifests.
-        facts: of the same, from `read_facts`.
+        facts: of the same, from `lego_pipeline.data.facts.read_facts`.
         draws: of random numbers.
         resolution: side in pixels of the square whose area is trained at.
         factor: pixels per latent cell.
@@ -310,6 +205,16 @@ class PairDataset(TorchDataset):
             result["image_states"] = self.cache.frame_states(frame)
         return result
 
+    def digest(self) -> str:
+        """Of the frames, words and boxes of all rows, in order: with another one a run is another."""
+        digest = hashlib.sha256()
+        for words, facts in zip(self.words, self.facts, strict=True):
+            table = words.remove_columns("id").with_format("arrow")
+            for start in range(0, len(words), CHUNK):
+                for part in (table[start : start + CHUNK], facts.slice(start, CHUNK)):
+                    digest.update(json.dumps(part.to_pylist(), sort_keys=True).encode())
+        return digest.hexdigest()[:32]
+
     def place_of(self, sample: int) -> tuple[int, int, bool]:
         """(data set, row, whether mirrored) of a sample."""
         part = bisect_right(self._starts, sample) - 1
@@ -390,7 +295,7 @@ class PairDataset(TorchDataset):
     def frame(self, sample: int, k: int) -> PIL.Image.Image:
         """Frame k of a sample as the manifest has it, or mirrored."""
         part, row, mirrored = self.place_of(sample)
-        frame = _frame(self.frames[part][k][row][FRAMES[k]])
+        frame = read_frame(self.frames[part][k][row][FRAMES[k]])
         return mirror_image(frame) if mirrored else frame
 
     def _window(self, sample: int, k: int) -> tuple[float, float, float, float] | None:
@@ -439,77 +344,7 @@ def _clip(fraction: float) -> float:
     return min(1.0, max(0.0, fraction))
 
 
-# --- Filling and loading --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fill_latents(datasets: Sequence[PairDataset], vae: AutoencoderKL, batch_size: int = 8) -> None:
-    """Computes the latents that the store lacks; processes share the work.
-
-    A batch always holds the same frames, so a frame's latents don't depend on where an earlier run was killed.
-    """
-    places = {
-        dataset.latents_key(sample, k): (dataset, sample, k)
-        for dataset in datasets
-        for sample in range(len(dataset))
-        for k in (0, 1)
-    }
-    by_size = sorted(places.items(), key=lambda entry: entry[1][0].size_of(entry[1][1]))
-    groups = [list(group) for _, group in groupby(by_size, lambda entry: entry[1][0].size_of(entry[1][1]))]
-    batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
-
-    def compute(batch: Sequence[tuple[PairDataset, int, int]]) -> list[dict[str, torch.Tensor]]:
-        pixels = torch.stack([dataset.pixels(sample, k) for dataset, sample, k in batch])
-        pixels = pixels.to(vae.device, vae.dtype)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
-        posterior = vae.encode(pixels).latent_dist
-        parts = zip(posterior.mode().float(), posterior.std.float(), strict=True)
-        return [{"mean": mean, "std": std} for mean, std in parts]
-
-    _fill(datasets[0], batches, compute, "encode frames")
-
-
-@torch.no_grad()
-def fill_prompts(
-    datasets: Sequence[PairDataset], encode_prompt: Callable[[list[str]], torch.Tensor], batch_size: int = 64
-) -> None:
-    """Computes the text encodings that the store lacks, as `fill_latents`; `encode_prompt` gives (B, 77, C)."""
-    places: dict[str, tuple[PairDataset, int, int]] = {}
-    for dataset in datasets:
-        assert dataset.precomputed is not None
-        for sample in range(len(dataset)):
-            for kind, text in enumerate(dataset.texts(sample)):
-                if text is not None and (kind == 0 or dataset.draws.vlm_dropout > 0):
-                    places.setdefault(dataset.precomputed.prompt_key(text), (dataset, sample, kind))
-    entries = list(places.items())
-
-    def compute(batch: Sequence[tuple[PairDataset, int, int]]) -> list[dict[str, torch.Tensor]]:
-        texts = [dataset.texts(sample)[kind] for dataset, sample, kind in batch]
-        states = encode_prompt([text for text in texts if text is not None])
-        return [{"states": states_of_one.float()} for states_of_one in states]
-
-    batches = [entries[i : i + batch_size] for i in range(0, len(entries), batch_size)]
-    _fill(datasets[0], batches, compute, "encode texts")
-
-
-def _fill(
-    dataset: PairDataset,
-    batches: list[list[tuple[str, Any]]],
-    compute: Callable[[list[Any]], list[dict[str, torch.Tensor]]],
-    name: str,
-) -> None:
-    """Adds what the store lacks of batches of (key, what it is computed from)."""
-    assert dataset.precomputed is not None
-    store, state = dataset.precomputed.store, PartialState()
-    lacking = [batch for batch in batches if not all(key in store for key, _ in batch)]
-    state.wait_for_everyone()  # all have looked before anyone writes
-    share = lacking[state.process_index :: state.num_processes]
-    for batch in tqdm(share, desc=name, disable=not state.is_main_process or not share, mininterval=5):
-        for (key, _), tensors in zip(batch, compute([place for _, place in batch]), strict=True):
-            store.add(key, tensors)
-    store.write()
-    state.wait_for_everyone()
-    store.refresh()
+# --- Loading --------------------------------------------------------------------------------------------
 
 
 def load_batches(

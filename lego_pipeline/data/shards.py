@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lego_pipeline.atomic import write_atomically
 from lego_pipeline.images import to_rgb
 
 SIZE = b"bytes of the tensors' file"  # in the metadata of an index
@@ -223,10 +224,15 @@ def model_key(modules: torch.nn.Module | list[torch.nn.Module], *facts: Any) -> 
     """
     modules = [modules] if isinstance(modules, torch.nn.Module) else modules
     states = [state_dict_of(module) for module in modules]
-    weights = [(f"{i}.{name}", tensor) for i, state in enumerate(states) for name, tensor in sorted(state.items())]
+    weights = {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in sorted(state.items())}
+    return weights_key(weights, *facts)
+
+
+def weights_key(weights: Mapping[str, torch.Tensor], *facts: Any) -> str:
+    """Key of named tensors in their order, by their values as float32, and of further facts."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        digests = list(pool.map(_weight_digest, (tensor for _, tensor in weights)))
-    names = [(name, list(tensor.shape)) for name, tensor in weights]
+        digests = list(pool.map(_weight_digest, weights.values()))
+    names = [(name, list(tensor.shape)) for name, tensor in weights.items()]
     return content_key("model", names, digests, *facts)
 
 
@@ -240,29 +246,3 @@ def state_dict_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _weight_digest(tensor: torch.Tensor) -> str:
     values = tensor.float() if tensor.is_floating_point() else tensor
     return hashlib.sha256(_bytes(values)).hexdigest()
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` make a file beside `path`, then syncs and renames it, so that `path` is whole or absent."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the renaming in a folder last through a power cut, where the system can open folders (Windows can't)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

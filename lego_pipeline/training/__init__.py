@@ -6,7 +6,14 @@ writes the weights and moments; what its own restore leaves open (it swallows a 
 the position nowhere) is settled here.
 """
 
-from lego_pipeline.training.launch import check_processes, resume_settings, start_accelerator, write_run_files
+from lego_pipeline.training.launch import (
+    check_number,
+    check_processes,
+    check_settings,
+    resume_settings,
+    start_accelerator,
+    write_run_files,
+)
 from lego_pipeline.training.order import SampleOrder, sample_generator, seed_of
 from lego_pipeline.training.state import cut_log
 from lego_pipeline.training.steps import ResumableEma, ResumableSteps, SaveError
@@ -16,7 +23,9 @@ __all__ = [
     "ResumableSteps",
     "SampleOrder",
     "SaveError",
+    "check_number",
     "check_processes",
+    "check_settings",
     "cut_log",
     "resume_settings",
     "sample_generator",

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -14,9 +15,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from diffusers.optimization import SchedulerType
 
+from lego_pipeline.atomic import write_text
 from lego_pipeline.config import plain_values, section_of, to_yaml
-from lego_pipeline.training.state import write_text
+from lego_pipeline.training.order import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,12 @@ FREE_SETTINGS = frozenset(
     {"output_dir", "max_steps", "max_minutes", "save_every_minutes", "save_every_steps", "log_every_steps"}
     | {"report_to", "expect_processes", "num_workers", "batch_size", "gradient_accumulation_steps"}
 )
+# Fields that scripts share: the least that each may be.
+COUNTS = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every_steps")
+NOT_NEGATIVE = ("max_minutes", "save_every_minutes", "save_every_steps", "learning_rate", "warmup_steps",
+                "weight_decay", "num_workers", "expect_processes")  # fmt: skip
+PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)  # wants rules
 REPORTED_PACKAGES = ("lego-pipeline", "torch", "accelerate", "diffusers", "transformers", "peft", "datasets",
                      "safetensors", "tokenizers", "numpy", "pillow", "bitsandbytes", "deepspeed")  # fmt: skip
 
@@ -38,6 +47,48 @@ class LaunchSettings(Protocol):
     mixed_precision: str  # no, fp16 or bf16
     report_to: str  # tensorboard, wandb, all or none
     expect_processes: int  # 0 for any number
+
+
+def check_settings(config: Any) -> None:
+    """The rules for settings that training scripts share, of those that a script has; for its `__post_init__`.
+
+    Raises:
+        ValueError: one of them is broken.
+    """
+    for names, least in ((COUNTS, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            check_number(config, name, least)
+    check_number(config, "max_grad_norm", above=0)
+    for name, known in (("mixed_precision", PRECISIONS), ("lr_scheduler", SCHEDULES)):
+        value = getattr(config, name, known[0])
+        if value not in known:
+            raise ValueError(f"`{name}` must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}.")
+    if hasattr(config, "data") and not config.data:
+        raise ValueError("`data` must name at least one manifest, got none.")
+    if hasattr(config, "data_weights"):
+        check_weights(config.data_weights, len(config.data))
+
+
+def check_number(
+    config: Any, name: str, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+) -> None:
+    """The rule for a numeric setting; one that is None, or that the script doesn't have, passes.
+
+    Args:
+        config: a script's dataclass.
+        name: of the field.
+        least, most: bounds that it may take.
+        above: a bound that it may not take.
+
+    Raises:
+        ValueError: it is out of range, infinite or no number.
+    """
+    value = getattr(config, name, None)
+    if value is None or (least <= value <= most and above < value and math.isfinite(value)):
+        return
+    bounds = [f"at least {least}"] * (least > -math.inf) + [f"above {above}"] * (above > -math.inf)
+    bounds += [f"at most {most}"] * (most < math.inf)
+    raise ValueError(f"`{name}` must be {' and '.join(bounds) or 'finite'}, got {value}.")
 
 
 def start_accelerator(config: LaunchSettings) -> Accelerator:
@@ -60,6 +111,8 @@ def start_accelerator(config: LaunchSettings) -> Accelerator:
             project_dir=str(config.output_dir), logging_dir=str(config.output_dir / "trackers")
         ),
     )
+    if config.output_dir.exists() and not config.output_dir.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, got the file {config.output_dir}; name another one.")
     check_processes(config.expect_processes, accelerator.num_processes)
     for name, kind in (("FSDP", DistributedType.FSDP), ("DEEPSPEED", DistributedType.DEEPSPEED)):
         asked = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
@@ -131,11 +184,16 @@ def _decisions(config: LaunchSettings, accelerator: Accelerator, trackers: list[
     elif accelerator.device.type == "cpu":
         device += " (ACCELERATE_USE_CPU is set)" if torch.cuda.is_available() else " (no GPU is visible)"
     dtype = {"no": "float32 throughout", "fp16": "float16 autocast", "bf16": "bfloat16 autocast"}
+    together, factors = "one process", [f"batch {config.batch_size}"]
+    if processes > 1:
+        together = f"{processes} processes joined by {accelerator.distributed_type.value.lower()}"
+        factors.append(f"{processes} processes")
+    if accumulated > 1:
+        factors.append(f"{accumulated} accumulated")
     return (
         f"device {device}, {dtype.get(config.mixed_precision, config.mixed_precision)} (`mixed_precision` is "
-        f"{config.mixed_precision}), {accelerator.distributed_type.value.lower()} on {processes} process(es); batch "
-        f"{config.batch_size} x {accumulated} accumulated x {processes} process(es) = "
-        f"{config.batch_size * accumulated * processes} samples a step; tracker {', '.join(trackers) or 'none'}"
+        f"{config.mixed_precision}), {together}; a step takes {' x '.join(factors)} = "
+        f"{config.batch_size * accumulated * processes} samples; tracker {', '.join(trackers) or 'none'}"
     )
 
 

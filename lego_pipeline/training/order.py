@@ -31,7 +31,7 @@ def sample_generator(seed: int, step: int, sample: int) -> torch.Generator:
 
 
 def _permutation(count: int, seed: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _apportion(weights: Sequence[float], places: int) -> list[int]:
@@ -42,6 +42,18 @@ def _apportion(weights: Sequence[float], places: int) -> list[int]:
     for i in by_remainder[: places - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def check_weights(weights: Sequence[float], count: int) -> None:
+    """The rule for the weights of `count` data sets: none, or one positive number for each.
+
+    Raises:
+        ValueError: another number of them, or one that is not positive.
+    """
+    if weights and len(weights) != count:
+        raise ValueError(f"`data_weights` must be one number for each `data` ({count}), got {len(weights)}.")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"`data_weights` must be positive, got {list(weights)}; leave a data set out of `data`.")
 
 
 class SampleOrder:
@@ -68,10 +80,7 @@ class SampleOrder:
     ):
         if not sizes or min(sizes) < 1:
             raise ValueError(f"each data set must hold at least one sample, got none: sizes {list(sizes)}.")
-        if weights and len(weights) != len(sizes):
-            raise ValueError(f"`data_weights` must be one number for each `data` ({len(sizes)}), got {len(weights)}.")
-        if weights and not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"`data_weights` must be positive, got {list(weights)}; leave a data set out of `data`.")
+        check_weights(weights, len(sizes))
         if len(sizes) > 1 and weights and groups is not None:
             raise ValueError("`data_weights` must be left out where batches are grouped by aspect; drop one of them.")
         if groups is not None and len(groups) != sum(sizes):
@@ -115,7 +124,7 @@ class SampleOrder:
 
     def _epoch(self, epoch: int) -> torch.Tensor:
         total = sum(self.sizes)
-        return self._remembered("epoch", epoch, lambda: _permutation(total, (self.seed << 20) + epoch))
+        return self._remembered("epoch", epoch, lambda: _permutation(total, seed_of("epoch", self.seed, epoch)))
 
     def _weighted(self, position: int) -> int:
         block, offset = divmod(position, BLOCK)

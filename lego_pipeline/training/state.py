@@ -9,15 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+from lego_pipeline.atomic import write_text
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from lego_pipeline.training.order import SampleOrder
+from lego_pipeline.training.order import SampleOrder, seed_of
 from lego_pipeline.training.state import cut_log, files_of, flaw_of, hash_of, sync
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class ResumableSteps:
     `hashes.json` with the SHA-256 of every file. A state that does not agree with its hashes is moved aside and the
     one before is used. `output_dir/log.jsonl` gets one object per logging interval. Several machines need an
     `output_dir` that all of them see.
+
+    A run whose losses or gradients are no longer numbers ends with a ValueError before such weights are saved. That is
+    looked for when a line is logged and before a state, as every look waits for the device.
 
     Args:
         accelerator: with all models, optimisers and schedulers prepared, others registered for checkpointing.
@@ -95,6 +99,7 @@ class ResumableSteps:
         self._saved_step = -1
         self._restored = False
         self._sums: dict[str, tuple[Any, int]] = {}
+        self._norms: Any = 0.0  # of the gradients since the last look, added up
         accelerator.register_save_state_pre_hook(self._select_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -144,8 +149,7 @@ class ResumableSteps:
 
         Once more by a script that has a data loader draw from them in between.
         """
-        rank = self.accelerator.process_index
-        torch.manual_seed(((self.seed * 1_000_003 + self.step) * 4_096 + rank) % 2**63)
+        torch.manual_seed(seed_of("step", self.seed, self.step, self.accelerator.process_index))
 
     def micro_batches(self, indices: list[int]) -> Iterator[list[int]]:
         """A step's sample numbers in parts of `batch_size`, one for each accumulated gradient."""
@@ -177,10 +181,12 @@ class ResumableSteps:
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return
-        self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:  # by fp16's scaler, on an overflow
             schedule.step()
+            if norm is not None:  # which DeepSpeed keeps to itself
+                self._norms = self._norms + torch.as_tensor(norm).detach()
         optimizer.zero_grad()
 
     def log(self, **values: torch.Tensor | float) -> None:
@@ -199,7 +205,22 @@ class ResumableSteps:
             for name, (total, count) in sums.items():
                 so_far = joined.get(name, (0.0, 0))
                 joined[name] = (so_far[0] + total, so_far[1] + count)
+        self._check_numbers({**{name: total for name, (total, _) in joined.items()}, "gradient": float(self._norms)})
+        self._norms = 0.0
         return joined
+
+    def _check_numbers(self, values: dict[str, float]) -> None:
+        """Ends the run, on all processes alike, if a value is infinite or no number."""
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if not broken:
+            return
+        states = self._states()
+        kept = f"the last state, from before, is {states[-1]}" if states else "no state was saved before"
+        raise ValueError(
+            f"{' and '.join(f'`{name}`' for name in broken)} must stay finite, but was not in one of the steps up to "
+            f"{self.step} of {self.output_dir}; {kept}. Start again in another --output-dir with a lower "
+            "--learning-rate or longer --warmup-steps, or with --mixed-precision bf16 or no instead of fp16."
+        )
 
     def _write_log(self) -> dict[str, float]:
         averages = {name: total / count for name, (total, count) in self._joined_sums().items()}
@@ -294,6 +315,12 @@ class ResumableSteps:
 
     def _changes(self, old: dict[str, Any], state: Path) -> str:
         """Names the settings that are not those of the state; empty if there are none."""
+        done = int(state.name.removeprefix("step-"))
+        if self.max_steps < done:
+            return (
+                f"`max_steps` must be at least {done}, as many steps as the run in {state.parent.parent} has, got "
+                f"{self.max_steps}; use another --output-dir to train for fewer."
+            )
         new = json.loads(json.dumps(self.settings))
         missing = "(none)"
         changed = [
@@ -326,6 +353,7 @@ class ResumableSteps:
         """Writes the state of the current step, all processes together, and drops all but the last two.
 
         Raises:
+            ValueError: a loss or gradient since the last look was no number; nothing is written.
             SaveError: it could not be written. The unfinished folder is gone, the states before are whole.
         """
         if self._saved_step == self.step:

@@ -15,8 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from lego_pipeline.vlm import family_of
 from lego_pipeline.vlm.base import base_model
-
-NEEDS_PEFT = 'adapters need peft; run `pip install "lego-pipeline[train]"`.'
+from lego_pipeline.vlm.load import NEEDS_PEFT, load_adapter, load_vlm
 
 
 def load_in_4_bits(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -40,9 +39,7 @@ def load_in_4_bits(folder: str, dtype: torch.dtype, device: torch.device) -> Any
         # For 4 bits too, whatever its name.
         llm_int8_skip_modules=[name for name, module in empty.named_modules() if id(module) in kept],
     )
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
-    )
+    return load_vlm(folder, dtype=dtype, quantization_config=quantization, device_map={"": device})
 
 
 def train_whole(vlm: Any) -> Any:
@@ -85,16 +82,17 @@ def train_adapters(vlm: Any, *, rank: int, alpha: int, dropout: float, seed: int
 
 def merge_adapter(folder: str, adapter: Path, dtype: torch.dtype) -> Any:
     """A VLM from its folder with an adapter's folder merged into its weights, all of them in `dtype`."""
-    from peft import PeftModel
-
-    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-    merged: Any = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload()
-    return merged.to(dtype)
+    return load_adapter(load_vlm(folder, dtype=dtype), adapter).merge_and_unload().to(dtype)
 
 
 def trained_parameters(vlm: nn.Module) -> list[nn.Parameter]:
     """The parameters that the optimiser gets."""
     return [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+
+
+def frozen_weights(vlm: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that training leaves as they are, by name: a state of a run holds the others."""
+    return {name: t for name, t in vlm.state_dict(keep_vars=True).items() if not t.requires_grad}
 
 
 def set_training(vlm: nn.Module) -> None:

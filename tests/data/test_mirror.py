@@ -13,6 +13,7 @@ from lego_pipeline.data.mirror import mirror_boxes, mirror_image, mirror_text
         ("Left, LEFT, left", "Right, RIGHT, right"),
         ("the left-handed grip of the leftmost cup", "the right-handed grip of the rightmost cup"),
         ("I turn it clockwise, then Counter-clockwise.", "I turn it counterclockwise, then Clockwise."),
+        ("Anti-clockwise or anticlockwise", "Clockwise or clockwise"),
         ("leftovers in bright copyright", "leftovers in bright copyright"),
         ("I open the drawer.", "I open the drawer."),
     ],

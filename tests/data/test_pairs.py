@@ -13,21 +13,11 @@ from datasets import Dataset
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+from lego_pipeline.data.facts import centre_crop, common_size, read_facts
 from lego_pipeline.data.manifest import read_manifest, write_shard
 from lego_pipeline.data.mirror import mirror_image
-from lego_pipeline.data.pairs import (
-    Draws,
-    PairDataset,
-    Precomputed,
-    centre_crop,
-    collate,
-    common_size,
-    fill_latents,
-    fill_prompts,
-    load_batches,
-    open_precomputed,
-    read_facts,
-)
+from lego_pipeline.data.pairs import Draws, PairDataset, Precomputed, collate, load_batches
+from lego_pipeline.data.precomputed import fill_latents, fill_prompts, open_precomputed
 from lego_pipeline.data.shards import ShardStore, pixel_key
 from lego_pipeline.images import to_model_input
 from lego_pipeline.pipeline_lego import LegoPipeline
@@ -86,7 +76,7 @@ def test_facts_are_found_once(
 ) -> None:
     rows = make_rows((32, 32), (32, 32))
     first = read_facts(rows, tmp_path / "frames")
-    monkeypatch.setattr("lego_pipeline.data.pairs.pixel_key", lambda frame: pytest.fail("a frame is read again"))
+    monkeypatch.setattr("lego_pipeline.data.facts.pixel_key", lambda frame: pytest.fail("a frame is read again"))
     assert read_facts(rows, tmp_path / "frames").equals(first)
 
 
@@ -114,6 +104,21 @@ def test_frames_in_files_are_known_by_content(make_frame: Callable[..., PIL.Imag
 def test_a_pair_without_a_target_is_named(make_rows: Callable[..., Dataset], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`data` must have both frames in every row, '0' lacks image_1"):
         read_facts(make_rows((32, 32), image_1=None), tmp_path / "frames")
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in")  # PIL leaves a file open that it can't read
+def test_an_image_that_is_cut_off_is_named_with_its_row(
+    make_frame: Callable[..., PIL.Image.Image], tmp_path: Path
+) -> None:
+    row = {"id": "a7", "action": "open drawer", "image_0_file_name": "0.png", "image_1_file_name": "1.png"}
+    for k in (0, 1):
+        make_frame(32, 32).save(tmp_path / f"{k}.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    whole = (tmp_path / "1.png").read_bytes()
+    for content in (whole[: len(whole) // 2], b"no image"):
+        (tmp_path / "1.png").write_bytes(content)
+        with pytest.raises(ValueError, match="`data` must hold images that can be read, row 'a7' has one that can't"):
+            read_facts(read_manifest(tmp_path), tmp_path / "frames")
 
 
 def test_the_common_size_is_that_of_most_pairs(make_rows: Callable[..., Dataset], tmp_path: Path) -> None:
@@ -230,6 +235,21 @@ def test_the_crop_is_the_largest_middle_part_of_the_aspect(
     frame: tuple[int, int], size: tuple[int, int], window: tuple[float, ...]
 ) -> None:
     assert centre_crop(*frame, size) == pytest.approx(window)
+
+
+def test_the_digest_changes_with_words_boxes_and_frames(make_rows: Callable[..., Dataset], tmp_path: Path) -> None:
+    def digest(*sizes: tuple[int, int], name: str, **changes: Any) -> str:
+        return make_dataset(tmp_path, make_rows(*sizes, name=name, **changes)).digest()
+
+    first = digest((32, 32), (32, 32), name="a")
+    assert digest((32, 32), (32, 32), name="b") == first
+    others = [
+        digest((32, 32), (32, 32), name="c", action="wave"),
+        digest((32, 32), (32, 32), name="d", description="the hand waves"),
+        digest((32, 32), (32, 32), name="e", boxes_0=[{**BOX, "x1": 0.5}]),
+        digest((32, 32), (32, 24), name="f"),
+    ]
+    assert len({first, *others}) == 5
 
 
 def test_groups_are_sizes(make_rows: Callable[..., Dataset], tmp_path: Path) -> None:

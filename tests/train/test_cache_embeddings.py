@@ -174,6 +174,11 @@ def test_an_adapter_that_was_not_merged_is_used(
     assert len(texts[1] - texts[0]) > 0
 
 
+def test_an_adapter_that_is_not_there_is_named(run: Callable[..., EmbeddingCache], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`adapter` must be a folder that peft saved, found no adapter_config"):
+        run(tmp_path / "cache", adapter=tmp_path)
+
+
 def test_int8_is_asked_for_by_a_flag(run: Callable[..., EmbeddingCache], tmp_path: Path) -> None:
     cache = run(tmp_path, cache_dtype="int8")
     assert {cache.store.get(key)["states"].dtype for key in cache.store} == {torch.int8}
@@ -191,7 +196,7 @@ def test_the_flags_take_several_manifests_and_splits(tmp_path: Path) -> None:
         ({"question_template": "What?"}, "`question_template` must have exactly one {}"),
         ({"data": ()}, "`data` and `split` must each name at least one"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"temperature": -1.0}, "`temperature` and `top_k` must not be negative"),
+        ({"temperature": -1.0}, "`temperature` must be at least 0, got -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(

@@ -4,11 +4,15 @@ By the training loop's clock every step of a sliced run takes a minute. Launcher
 tests.
 """
 
+import copy
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +23,21 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lego_pipeline import LegoPipeline
 from lego_pipeline.checkpoints import FRAMES
+from lego_pipeline.config import parse_config
 from lego_pipeline.data.embedding_cache import EmbeddingCache
 from lego_pipeline.data.manifest import read_manifest, write_shard
 from lego_pipeline.data.mirror import mirror_image, mirror_text
+from lego_pipeline.data.pairs import VALIDATION_STEP, Draws
+from lego_pipeline.diffusion_step import timestep_weights
 from lego_pipeline.enhance import fill_cache, make_recipe
+from lego_pipeline.images import to_model_input
 from lego_pipeline.projector import LegoProjector
 from lego_pipeline.vlm.base import DEFAULT_QUESTION
 from train import train_ldm
@@ -85,7 +94,7 @@ def calm_folder(make_tiny_pipeline: Callable[..., LegoPipeline], tmp_path_factor
     return folder
 
 
-def settings(data: Path, pipeline: Path, output_dir: Path, **changes: Any) -> train_ldm.TrainLdmConfig:
+def settings(manifest: Path, pipeline: Path, output_dir: Path, **changes: Any) -> train_ldm.TrainLdmConfig:
     values: dict[str, Any] = {
         "batch_size": 2,
         "max_steps": 4,
@@ -95,9 +104,10 @@ def settings(data: Path, pipeline: Path, output_dir: Path, **changes: Any) -> tr
         "log_every_steps": 1,
         "report_to": "none",
         "embeddings": "cache" if "cache" in changes else "none",
+        "data": (manifest,),
         **changes,
     }
-    return train_ldm.TrainLdmConfig(data=(data,), pipeline=pipeline, output_dir=output_dir, **values)
+    return train_ldm.TrainLdmConfig(pipeline=pipeline, output_dir=output_dir, **values)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,6 +169,7 @@ def picture(pipe: LegoPipeline, frame: PIL.Image.Image) -> torch.Tensor:
 
 MANY = {"condition_dropout": 0.2, "vlm_dropout": 0.3, "box_weight": 3.0, "timestep_sampling": "log_normal"}
 ONE_STEP = {**MANY, "max_steps": 1, "validation_split": None}
+TWO_STEPS = {"max_steps": 2, "validation_split": None}
 
 
 @pytest.mark.parametrize(
@@ -309,18 +320,109 @@ def test_training_starts_from_a_stable_diffusion_folder(
     assert pipe(frame, action="open drawer", num_inference_steps=1).images[0].size == frame.size
 
 
-@pytest.mark.parametrize(
-    "changes", [{"prediction_type": "v_prediction"}, {"min_snr_gamma": 5.0}, {"noise_offset": 0.1}]
-)
-def test_options_of_the_noise_run_and_change_the_result(
-    changes: dict[str, Any], data: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    train_ldm.main(settings(data, tiny_folder, tmp_path / "plain", max_steps=1, validation_split=None))
-    train_ldm.main(settings(data, tiny_folder, tmp_path / "changed", max_steps=1, validation_split=None, **changes))
+def test_another_prediction_is_trained_and_saved(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    for name, kind in (("plain", None), ("changed", "v_prediction")):
+        changes = {"max_steps": 1, "validation_split": None, "prediction_type": kind}
+        train_ldm.main(settings(data, tiny_folder, tmp_path / name, **changes))
     plain, changed = (lines(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("plain", "changed"))
     assert plain != pytest.approx(changed, rel=1e-3)
     scheduler = LegoPipeline.from_pretrained(tmp_path / "changed" / "last").scheduler
-    assert scheduler.config["prediction_type"] == changes.get("prediction_type", "epsilon")
+    assert scheduler.config["prediction_type"] == "v_prediction"
+
+
+@pytest.fixture(scope="module")
+def trained_weights(
+    data: Path, tiny_folder: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[torch.Tensor]]:
+    """All trained weights after two steps under some settings; equal settings run once."""
+    runs: dict[str, list[torch.Tensor]] = {}
+
+    def train(**changes: Any) -> list[torch.Tensor]:
+        if str(changes) not in runs:
+            folder = tmp_path_factory.mktemp("run")
+            train_ldm.main(settings(data, tiny_folder, folder, cache=cache, **{**TWO_STEPS, **changes}))
+            runs[str(changes)] = list(load_file(folder / "state" / "step-2" / "model.safetensors").values())
+        return runs[str(changes)]
+
+    return train
+
+
+LORA, LOG_NORMAL = {"lora_rank": 2}, {"timestep_sampling": "log_normal"}
+
+
+@pytest.mark.parametrize(
+    ("before", "changes"),
+    [
+        ({}, {"learning_rate": 2e-3}),
+        ({}, {"weight_decay": 1.0}),
+        ({}, {"warmup_steps": 5}),
+        ({}, {"lr_scheduler": "linear"}),
+        ({}, {"max_grad_norm": 1e-8}),
+        ({}, {"condition_dropout": 1 / 3}),
+        ({}, {"vlm_dropout": 1.0}),
+        ({}, {"box_weight": 5.0}),
+        ({}, LOG_NORMAL),
+        (LOG_NORMAL, {"log_sigma_mean": -2.0}),
+        ({}, {"min_snr_gamma": 0.01}),
+        ({}, {"noise_offset": 0.1}),
+        ({}, {"seed": 1}),
+        (LORA, {"lora_alpha": 6}),
+    ],
+    ids=lambda value: next(iter(value), ""),
+)
+def test_a_setting_reaches_the_weights(
+    before: dict[str, Any], changes: dict[str, Any], trained_weights: Callable[..., list[torch.Tensor]]
+) -> None:
+    """Equal settings give equal weights to the bit, which the tests of resuming show."""
+    pairs = zip(trained_weights(**before), trained_weights(**{**before, **changes}), strict=True)
+    assert any(not torch.equal(first, second) for first, second in pairs)
+
+
+def test_gradient_checkpointing_is_switched_on(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched = []
+    switch = UNet2DConditionModel.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        UNet2DConditionModel, "enable_gradient_checkpointing", lambda unet: (switched.append(unet), switch(unet))
+    )
+    for asked in (False, True):
+        folder = tmp_path / str(asked)
+        train_ldm.main(settings(data, tiny_folder, folder, **{**TWO_STEPS, "gradient_checkpointing": asked}))
+        assert len(switched) == asked
+
+
+def test_a_sample_s_loss_is_weighted_by_its_own_timestep(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With losses that stand for the sample, of which the mean has one value only if each has its own weight."""
+    timesteps = []
+    losses_of = train_ldm.losses_of
+
+    def number(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        timesteps.extend(batch["timestep"].tolist())
+        return 0 * losses_of(model, batch) + batch["timestep"]
+
+    monkeypatch.setattr(train_ldm, "losses_of", number)
+    changes = {**TWO_STEPS, "max_steps": 1, "min_snr_gamma": 0.01}
+    train_ldm.main(settings(data, tiny_folder, tmp_path, **changes))
+    weights = timestep_weights("epsilon", LegoPipeline.from_pretrained(tiny_folder).scheduler.alphas_cumprod, 0.01)
+    assert len(set(weights[timesteps].tolist())) == 2
+    expected = sum(timestep * float(weights[timestep]) for timestep in timesteps) / 2
+    assert lines(tmp_path / "log.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_warms_up(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """After the second step the first weights count 1 - 2 ** -0.75, as in diffusers' training; not 2 / 11."""
+    for name, changes in (("one", {"max_steps": 1}), ("two", {}), ("averaged", {"ema_decay": 0.9999})):
+        train_ldm.main(settings(data, tiny_folder, tmp_path / name, **{**TWO_STEPS, "ema_decay": 0.0, **changes}))
+    one, two, averaged = (
+        weights(tmp_path / name / "last")["unet/diffusion_pytorch_model.safetensors:conv_in.weight"]
+        for name in ("one", "two", "averaged")
+    )
+    decay = 1 - 2**-0.75
+    assert torch.allclose(averaged - one, (1 - decay) * (two - one), atol=1e-6)
+    assert (two - one).abs().max() > 1e-4
 
 
 def test_half_precision_has_nearly_the_loss_of_single_precision(
@@ -338,9 +440,8 @@ def test_half_precision_has_nearly_the_loss_of_single_precision(
 
 def test_several_data_sets_are_mixed_by_weight(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
     second = write_pairs(tmp_path / "second", [(SIZE, SIZE)] * 5)
-    config = settings(data, tiny_folder, tmp_path / "run", data_weights=(3.0, 1.0), max_steps=2)
-    config.data = (data, second)
-    train_ldm.main(config)
+    config = settings(data, tiny_folder, tmp_path / "run", max_steps=2)
+    train_ldm.main(replace(config, data=(data, second), data_weights=(3.0, 1.0)))
     progress = json.loads((tmp_path / "run" / "state" / "step-2" / "progress.json").read_text())
     assert progress["settings"]["samples"] == [4, 3]
     assert progress["settings"]["data_weights"] == [3.0, 1.0]
@@ -392,7 +493,7 @@ def test_aspect_buckets_leave_every_pair_its_aspect(
 def test_the_folder_of_the_lowest_validation_loss_is_best(
     data: Path, tiny_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([3.0, 1.0, 2.0])
+    losses = iter([0.5, 1.0, 2.0])  # what training starts from is no result of it
     monkeypatch.setattr(train_ldm, "validate", lambda *args: next(losses))
     train_ldm.main(settings(data, tiny_folder, tmp_path, cache=cache))
     state = tmp_path / "state" / "step-4" / "progress.json"
@@ -400,6 +501,62 @@ def test_the_folder_of_the_lowest_validation_loss_is_best(
     best, last = weights(tmp_path / "best"), weights(tmp_path / "last")
     assert any(not torch.equal(best[name], last[name]) for name in best)
     assert "1.0000 at step 2" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_best_stays_the_best_of_a_run_that_is_made_longer(
+    data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([9.0, 5.0, 1.0, 2.0])
+    monkeypatch.setattr(train_ldm, "validate", lambda *args: next(losses))
+    for max_steps in (3, 4):
+        train_ldm.main(settings(data, tiny_folder, tmp_path, max_steps=max_steps))
+        best = weights(tmp_path / "best")
+        assert "1.0000 at step 3" in (tmp_path / "best" / "README.md").read_text()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(tmp_path / "best").items())
+    assert [line["step"] for line in lines(tmp_path / "validation.jsonl")] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 2, "lora_alpha": 6, "learning_rate": 0.1}], ids=["all weights", "lora"]
+)
+def test_the_validation_loss_is_that_of_the_saved_folder(
+    changes: dict[str, Any], data: Path, tiny_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Computed anew: no dropout, all conditions, averaged weights, adapters scaled as in training."""
+    changes = {"max_steps": 2, "learning_rate": 1e-2, "condition_dropout": 1 / 3, "vlm_dropout": 1.0, **changes}
+    train_ldm.main(settings(data, tiny_folder, tmp_path, cache=cache, **changes))
+    pipe, stored = quiet(tmp_path / "last"), EmbeddingCache(cache)
+    alphas = pipe.scheduler.alphas_cumprod
+    losses = []
+    for sample, row in enumerate(read_manifest(data, "val")):
+        drawn = Draws(seed=0, alphas_cumprod=alphas)(VALIDATION_STEP, sample, (6, 8, 8))
+        enhancement: Any = stored.lookup(row["image_0"], row["action"])
+        text = torch.zeros(1, 6, 32)
+        text[0, : len(enhancement.text_embeds)] = enhancement.text_embeds[:6]
+        with torch.no_grad():
+            before, after = (
+                pipe.vae.encode(to_model_input(row[name], SIZE, SIZE)[None]).latent_dist
+                for name in ("image_0", "image_1")
+            )
+            condition = pipe.projector(
+                pipe.encode_prompt([enhancement.description]), enhancement.image_embeds[None], text
+            )
+            clean = (after.mean + after.std * drawn["posterior_noise"]) * pipe.vae.config["scaling_factor"]
+            alpha = alphas[drawn["timestep"]]
+            noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn["noise"]
+            predicted = pipe.unet(torch.cat([noisy, before.mode()], 1), drawn["timestep"], condition).sample
+        losses.append(float((predicted - drawn["noise"]).square().mean()))
+    validated = lines(tmp_path / "validation.jsonl")[-1]["loss"]
+    assert validated == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert validated != pytest.approx(lines(tmp_path / "validation.jsonl")[0]["loss"], rel=1e-2)
+
+
+def test_two_runs_draw_the_same_pictures(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": 1, "pictures_every_steps": 2, "pictures": 1}
+    for name in ("one", "two"):
+        train_ldm.main(settings(data, tiny_folder, tmp_path / name, cache=cache, **changes))
+    one, two = (PIL.Image.open(tmp_path / name / "validation" / "step-0.png") for name in ("one", "two"))
+    assert one.tobytes() == two.tobytes()
 
 
 def test_pictures_are_drawn_of_fixed_validation_pairs(
@@ -433,8 +590,14 @@ def test_a_trained_folder_draws_with_its_vlm(
 
 
 def test_the_card_has_front_matter_and_no_paths(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
-    train_ldm.main(settings(data, tiny_folder, tmp_path / "run", cache=cache))
+    long = tmp_path / " ".join(["a long name"] * 10)  # YAML folds it over lines
+    long.symlink_to(cache)
+    changes = {"vlm_dropout": 0.25, "data_weights": (2.0,)}
+    train_ldm.main(settings(data, tiny_folder, tmp_path / "run", cache=long, **changes))
     card = (tmp_path / "run" / "last" / "README.md").read_text()
+    assert "vlm_dropout: 0.25\n" in card
+    assert "data_weights:\n- 2.0\n" in card
+    assert "long name" not in card
     assert card.startswith("---\nbase_model: pipeline\n")
     for fact in ("library_name: diffusers", "| steps | 4 of 4 |", "| samples seen | 8 |", "| pairs | 4 |"):
         assert fact in card
@@ -471,6 +634,39 @@ def test_pairs_that_the_cache_lacks_are_named(data: Path, tiny_folder: Path, cac
         train_ldm.main(settings(more, tiny_folder, tmp_path / "run", cache=cache))
 
 
+def test_a_cache_of_another_vlm_of_the_same_sizes_is_refused(
+    data: Path, tiny_folder: Path, tiny_components: dict[str, Any], tmp_path: Path
+) -> None:
+    vlm, processor = copy.deepcopy(tiny_components["vlm"]), tiny_components["vlm_processor"]
+    for parameter in vlm.parameters():
+        parameter.data += 0.01
+    cache = write_cache(tmp_path / "cache", [data], vlm, processor)
+    with pytest.raises(ValueError, match="`cache` must be filled by the VLM that is exported, .* by `--vlm`"):
+        train_ldm.main(settings(data, tiny_folder, tmp_path / "run", cache=cache, **TWO_STEPS))
+    for part in (vlm, processor):
+        part.save_pretrained(tmp_path / "vlm")
+    train_ldm.main(settings(data, tiny_folder, tmp_path / "run", cache=cache, vlm=tmp_path / "vlm", **TWO_STEPS))
+    exported, own = (load_file(tmp_path / name / "model.safetensors") for name in ("run/last/vlm", "vlm"))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in own.items())
+
+
+def test_an_export_without_the_cache_s_vlm_is_said(
+    data: Path,
+    cache: Path,
+    make_tiny_pipeline: Callable[..., LegoPipeline],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_tiny_pipeline(vlm=None, vlm_processor=None).save_pretrained(tmp_path / "start")
+    train_ldm.main(settings(data, tmp_path / "start", tmp_path / "run", cache=cache, **TWO_STEPS))
+    assert "has no VLM: to have it describe frames, pass the folder of the cache's VLM by `--vlm`" in caplog.text
+
+
+def test_the_24_gb_settings_export_the_tuned_vlm() -> None:
+    file = str(ROOT / "train" / "configs" / "one_24gb_gpu.yaml")
+    assert parse_config(train_ldm.TrainLdmConfig, None, ["--config", file]).vlm == Path("runs/vlm/vlm")
+
+
 def test_a_cache_of_another_vlm_is_refused(
     data: Path, cache: Path, make_tiny_pipeline: Callable[..., LegoPipeline], tmp_path: Path
 ) -> None:
@@ -486,21 +682,83 @@ def test_a_cache_of_another_vlm_is_refused(
         ({"embeddings": "cache"}, "`cache` must be given"),
         ({"cache": Path("cache"), "embeddings": "none"}, "`cache` has no effect with `embeddings` none"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"condition_dropout": 0.5}, "`condition_dropout` must be between 0 and 1/3, got 0.5"),
+        ({"condition_dropout": 0.5}, "`condition_dropout` must be at least 0 and at most 0.33.*, got 0.5"),
         ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and below 1"),
         ({"mixed_precision": "half"}, "`mixed_precision` must be no, fp16 or bf16, got 'half'"),
         ({"pictures_every_steps": 5, "validation_split": None}, "`pictures_every_steps` needs a `validation_split`"),
-        ({"aspect_buckets": True, "data_weights": (1.0, 2.0)}, "`data_weights` must be left out with"),
+        (
+            {"aspect_buckets": True, "data": (Path("a"), Path("b")), "data_weights": (1.0, 2.0)},
+            "must be left out with",
+        ),
+        ({"lora_alpha": 4}, "`lora_alpha` has no effect without `lora_rank`"),
+        ({"lora_alpha": 0, "lora_rank": 2}, "`lora_alpha` must be at least 1, got 0"),
+        ({"lora_rank": -1}, "`lora_rank` must be at least 0, got -1"),
+        ({"data": ()}, "`data` must name at least one manifest, got none"),
+        ({"data_weights": (1.0, 2.0)}, "`data_weights` must be one"),
+        ({"log_every_steps": 0}, "`log_every_steps` must be at least 1, got 0"),
+        ({"validation_pairs": 0}, "`validation_pairs` must be at least 1, got 0"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be above 0, got 0.0"),
+        ({"min_snr_gamma": -1.0}, "`min_snr_gamma` must be at least 0, got -1.0"),
+        ({"resolution": 0}, "`resolution` must be at least 1, got 0"),
+        ({"box_weight": 0.0}, "`box_weight` must be above 0, got 0.0"),
+        ({"vlm_dropout": 1.5}, "`vlm_dropout` must be at least 0 and at most 1, got 1.5"),
+        ({"noise_offset": -1.0}, "`noise_offset` must be at least 0, got -1.0"),
+        ({"log_sigma_mean": math.nan}, "`log_sigma_mean` must be finite, got nan"),
+        ({"save_every_steps": -1}, "`save_every_steps` must be at least 0, got -1"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be at least 0, got -1"),
+        ({"lr_scheduler": "cosin"}, "`lr_scheduler` must be .*, got 'cosin'"),
     ],
 )
-def test_settings_that_contradict_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_make_no_run_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, tmp_path, tmp_path, **changes)
+
+
+def test_manifests_are_read_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        train_ldm.main(settings(tmp_path / "no manifest", tmp_path / "no pipeline", tmp_path / "run"))
+
+
+def test_a_run_does_not_go_on_from_other_frozen_weights(
+    data: Path, tiny_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(tiny_folder, start)
+    changes = {**TWO_STEPS, "lora_rank": 2}
+    train_ldm.main(settings(data, start, tmp_path / "run", cache=cache, **changes))
+    kept = (tmp_path / "run" / "config.yaml").read_bytes()
+    for name in ("unet", "vae"):
+        file = start / name / "diffusion_pytorch_model.safetensors"
+        original = file.read_bytes()
+        tensors = load_file(file)
+        save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"changed are weights of {name}: "):
+            train_ldm.main(settings(data, start, tmp_path / "run", cache=cache, num_workers=1, **changes))
+        file.write_bytes(original)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == kept  # a refused run leaves the files of the run
+    train_ldm.main(settings(data, start, tmp_path / "run", cache=cache, num_workers=1, **changes))
+    assert (tmp_path / "run" / "config.yaml").read_bytes() != kept
+
+
+def test_a_run_does_not_go_on_with_an_edited_manifest(tiny_folder: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "data", [(SIZE, SIZE)] * 4)
+    train_ldm.main(settings(data, tiny_folder, tmp_path / "run", **TWO_STEPS))
+    write_pairs(tmp_path / "data", [(SIZE, SIZE)] * 4, action="wave")
+    with pytest.raises(ValueError, match="changed are rows: "):
+        train_ldm.main(settings(data, tiny_folder, tmp_path / "run", **TWO_STEPS))
 
 
 def test_the_dry_run_tells_the_memory(tiny_folder: Path, tmp_path: Path) -> None:
     assert "averaged weights" in settings(tmp_path, tiny_folder, tmp_path).report()
     assert "memory is unknown" in settings(tmp_path, tmp_path / "nowhere", tmp_path).report()
+
+
+def test_the_dry_run_of_lora_without_peft_says_what_is_missing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    report = settings(tmp_path, tiny_folder, tmp_path, lora_rank=2).report()
+    assert report.startswith("memory is unknown: LoRA needs peft; run")
 
 
 @pytest.mark.parametrize("setting", ["ema_decay", "pictures_every_steps"])

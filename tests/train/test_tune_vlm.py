@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -259,6 +260,12 @@ def test_4_bit_weights_are_tuned_by_adapters_in_two_slices_as_in_one(
     [
         ({"question_template": "What?"}, "`question_template` must have exactly one {}"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"log_every_steps": 0}, "`log_every_steps` must be at least 1, got 0"),
+        ({"validate_every_steps": 0}, "`validate_every_steps` must be at least 1, got 0"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be above 0, got 0.0"),
+        ({"lora_alpha": 0}, "`lora_alpha` must be at least 1"),
+        ({"lr_scheduler": "cosin"}, "`lr_scheduler` must be linear, .*, got 'cosin'"),
+        ({"data_weights": (1.0, 2.0)}, r"`data_weights` must be one number for each `data` \(1\), got 2"),
         ({"lora_dropout": 1.0}, "`lora_dropout` must be at least 0 and below 1"),
         ({"mixed_precision": "int8"}, "`mixed_precision` must be no, fp16 or bf16"),
         ({"dtype": "bfloat16"}, "`dtype` must be float32 with `mixed_precision` no, .* pass --mixed-precision bf16"),
@@ -272,6 +279,78 @@ def test_mistakes_in_settings_are_named(changes: dict[str, Any], message: str, d
 def test_a_vlm_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`vlm` must be a folder with a VLM and its processor, .* got .*none"):
         tune_vlm.main(settings(data, tmp_path / "none", tmp_path))
+
+
+def write_again(rows: list[dict[str, Any]], data: Path, **changes: Any) -> Path:
+    write_shard([{**rows[0], **changes}, *rows[1:]], data / "train" / "000.parquet")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 1.0}, "learning_rate: 0.01 -> 1.0"),
+        ({"max_steps": 1}, "`max_steps` must be at least 2"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_its_files(
+    changes: dict[str, Any], words: str, data: Path, vlm_folder: Path, tmp_path: Path
+) -> None:
+    tune_vlm.main(settings(data, vlm_folder, tmp_path, max_steps=2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=words):
+        tune_vlm.main(settings(data, vlm_folder, tmp_path, **{"max_steps": 2, **changes}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_does_not_go_on_from_other_frozen_weights(
+    tuning: str, data: Path, vlm_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(vlm_folder, tmp_path / "vlm")
+    config = settings(data, tmp_path / "vlm", tmp_path / "run", tuning=tuning, max_steps=1)
+    tune_vlm.main(config)
+    tune_vlm.main(config)
+    vlm = AutoModelForImageTextToText.from_pretrained(vlm_folder)
+    part = vlm.get_decoder() if tuning == "lora" else vlm.model.vision_tower
+    with torch.no_grad():
+        next(p for name, p in part.named_parameters() if name.endswith("k_proj.weight"))[0, 0] += 1e-3
+    vlm.save_pretrained(tmp_path / "vlm")
+    with pytest.raises(ValueError, match="changed are frozen weights: "):
+        tune_vlm.main(config)
+
+
+def test_a_run_does_not_go_on_with_a_manifest_that_was_edited(data: Path, vlm_folder: Path, tmp_path: Path) -> None:
+    rows = [dict(row) for row in read_manifest(data / "train")]
+    config = settings(write_again(rows, tmp_path / "data"), vlm_folder, tmp_path / "run", max_steps=1)
+    tune_vlm.main(config)
+    write_again(rows, tmp_path / "data", split="train", verb="seize")  # which isn't read
+    tune_vlm.main(config)
+    for changes in ({"description": "My left hand opens it."}, {"action": "open it"}, {"image_0": rows[1]["image_0"]}):
+        write_again(rows, tmp_path / "data", **changes)
+        with pytest.raises(ValueError, match="changed are rows: "):
+            tune_vlm.main(config)
+
+
+def test_the_key_of_rows_counts_image_files(data: Path, tmp_path: Path) -> None:
+    row = read_manifest(data / "train")[0]
+    record = {"id": "0", "image_0_file_name": "0.png", "action": row["action"], "description": row["description"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(record))
+    row["image_0"].save(tmp_path / "0.png")
+    first = tune_vlm.rows_key(read_manifest(tmp_path))
+    assert tune_vlm.rows_key(read_manifest(tmp_path)) == first
+    row["image_0"].resize((16, 16)).save(tmp_path / "0.png")
+    assert tune_vlm.rows_key(read_manifest(tmp_path)) != first
+
+
+@FAMILIES
+def test_validation_leaves_the_vision_side_out_of_training_mode(data: Path, start: Path, family: str) -> None:
+    vlm = tuning.train_whole(AutoModelForImageTextToText.from_pretrained(start))
+    collate = tune_vlm.Collate(family, AutoProcessor.from_pretrained(start), tune_vlm.DEFAULT_QUESTION)
+    tune_vlm.validate(Accelerator(), vlm, read_manifest(data, "val"), collate, 2)
+    sides = (VLM_FAMILIES[family].vision_modules(vlm), [vlm.get_decoder()])
+    modes = [{module.training for part in side for module in part.modules()} for side in sides]
+    assert modes == [{False}, {True}]
 
 
 def test_a_manifest_has_to_be_named(tmp_path: Path) -> None:
