@@ -95,7 +95,7 @@ def ldm_arguments(data: Path, pipeline: Path, cache: Path, output_dir: Path, **c
 
 
 def vlm_arguments(data: Path, vlm: Path, output_dir: Path, **changes: Any) -> list[Any]:
-    values = {"data": data, "vlm": vlm, "output_dir": output_dir, "max_steps": 14, "batch_size": 2, "tuning": "lora"}
+    values = {"data": data, "vlm": vlm, "output_dir": output_dir, "max_steps": 60, "batch_size": 2, "tuning": "lora"}
     values |= {"lora_rank": 2, "lora_dropout": 0.2, "learning_rate": 1e-3, "validation_split": "val"}
     values |= {"save_every_steps": 1, "log_every_steps": 1, "validate_every_steps": 5, "report_to": "none", **changes}
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -134,9 +134,14 @@ def kill_until_finished(
     server: Server, script: str, arguments: list[Any], kills: int, seed: int, processes: int = 1
 ) -> list[dict[str, Any]]:
     """Starts and kills a script `kills` times, then lets it finish; what happened at each kill."""
-    happened = [server.run(script, arguments, processes=processes, kill=kill) for kill in moments(kills, seed)]
-    for result in happened:
-        assert set(result["exit_codes"]) == {-9}, f"a process ended by itself: {result}\n{server.said[-4000:]}"
+    happened = []
+    for kill in moments(kills, seed):
+        result = server.run(script, arguments, processes=processes, kill=kill)
+        # One of two may hear of the other's death before it is killed itself.
+        left_alone = sorted(result["exit_codes"]) == [-9, 70] and "by peer" in server.said
+        killed = set(result["exit_codes"]) == {-9} or left_alone
+        assert killed, f"a process ended by itself: {result}\n{server.said[-4000:]}"
+        happened.append(result)
     server.finish(script, arguments, processes=processes)
     return happened
 
