@@ -78,6 +78,11 @@ def description_report(descriptions: list[str], rows: Dataset) -> dict[str, floa
     }
 
 
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Values to a thousandth, as they are written."""
+    return {name: round(value, 3) for name, value in values.items()}
+
+
 def main(config: EvaluateConfig) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     rows = read_manifest(config.data, config.split)
@@ -98,7 +103,7 @@ def main(config: EvaluateConfig) -> None:
     regions = {"inside boxes": inside, "outside boxes": outside, "whole frame": torch.ones_like(inside)}
     table = {
         name: {
-            region: asdict(bootstrap_interval(psnr(pictures, target, mask).tolist()))
+            region: rounded(asdict(bootstrap_interval(psnr(pictures, target, mask).tolist())))
             for region, mask in regions.items()
         }
         for name, pictures in systems.items()
