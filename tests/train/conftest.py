@@ -15,18 +15,28 @@ from lego_pipeline.data.manifest import read_manifest, write_shard
 from lego_pipeline.training import steps
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rendered pairs of the tiny pipeline's size: four to train on, two to validate (one action is in both)."""
-    folder = tmp_path_factory.mktemp("data")
+def write_pairs(folder: Path, side: int) -> Path:
+    """Six rendered pairs of a size: four to train on, two to validate (one action is in both)."""
     rows = [dict(row) for row in read_manifest(FRAMES).select(range(6))]
     for i, row in enumerate(rows):
-        row |= {f"image_{k}": row[f"image_{k}"].convert("RGB").resize((32, 32)) for k in (0, 1)}
+        row |= {f"image_{k}": row[f"image_{k}"].convert("RGB").resize((side, side)) for k in (0, 1)}
         row["split"] = "train" if i < 4 else "val"
     rows[5]["action"] = rows[0]["action"]
     for split in ("train", "val"):
         write_shard([row for row in rows if row["split"] == split], folder / split / "000.parquet")
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the tiny pipeline's size."""
+    return write_pairs(tmp_path_factory.mktemp("data"), 32)
+
+
+@pytest.fixture(scope="session")
+def kitchen_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the kitchen's size."""
+    return write_pairs(tmp_path_factory.mktemp("kitchen_data"), 128)
 
 
 @pytest.fixture(scope="session")

@@ -7,27 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from examples.kitchen import train_clip, train_vae
-from lego_pipeline.checkpoints import FRAMES
-from lego_pipeline.data.manifest import read_manifest, write_shard
-
-
-@pytest.fixture(scope="module")
-def kitchen_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of the kitchen's size: four to train on, two to validate."""
-    folder = tmp_path_factory.mktemp("kitchen_data")
-    rows = [dict(row) for row in read_manifest(FRAMES).select(range(6))]
-    for i, row in enumerate(rows):
-        row |= {f"image_{k}": row[f"image_{k}"].convert("RGB").resize((128, 128)) for k in (0, 1)}
-        row["split"] = "train" if i < 4 else "val"
-    rows[5]["action"] = rows[0]["action"]
-    for split in ("train", "val"):
-        write_shard([row for row in rows if row["split"] == split], folder / split / "000.parquet")
-    return folder
 
 
 def assert_equal_weights(first: Path, second: Path) -> None:
