@@ -13,6 +13,7 @@ from typing import Annotated, TextIO
 
 import tyro
 
+from lego_pipeline.cli.convert import Convert
 from lego_pipeline.cli.demo import Demo
 from lego_pipeline.cli.doctor import Doctor
 from lego_pipeline.cli.enhance import Enhance
@@ -21,6 +22,7 @@ from lego_pipeline.cli.generate import Generate
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Enhance, tyro.conf.subcommand("enhance")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

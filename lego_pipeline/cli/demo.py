@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lego_pipeline.cli.model import ModelOptions, draw
+from lego_pipeline.cli.model import DrawOptions, draw
 from lego_pipeline.cli.records import check_output, write_png
 from lego_pipeline.cli.samples import check_seed, derive_seed
 
 
 @dataclass(kw_only=True)
-class Demo(ModelOptions):
+class Demo(DrawOptions):
     """Draw a contact sheet: input frame, action, the VLM's description, generated frame, true frame."""
 
     output: Path = Path("demo.png")
@@ -68,7 +68,8 @@ class Demo(ModelOptions):
             cards,
             title="LEGO: an egocentric frame and an action in, the action frame out",
             footer="Inputs and truths are rendered kitchens kept out of training; the descriptions are the VLM's. "
-            f"lego-pipeline {__version__}, model {self.model or 'kitchen'}, seed {self.seed}, "
+            f"lego-pipeline {__version__}, model {self.model or 'kitchen'}{' --fast' if self.fast else ''}, "
+            f"seed {self.seed}, "
             f"{own['num_inference_steps']} steps, guidance scales {own['guidance_scale']} (action) and "
             f"{own['image_guidance_scale']} (frame).",
         )

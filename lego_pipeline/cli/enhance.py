@@ -41,6 +41,7 @@ class Enhance(ModelOptions):
 
         import torch
 
+        from lego_pipeline.enhance import vlm_id
         from lego_pipeline.images import read_image
 
         picture = read_image(self.image)
@@ -50,6 +51,8 @@ class Enhance(ModelOptions):
         with torch.no_grad():
             [enhancement] = pipeline.enhance(picture, self.action, self.description, generator, cache)
         if self.output is not None:
+            if pipeline.vlm is not None:
+                enhancement.vlm_id = vlm_id(pipeline.vlm, pipeline.vlm_processor)
             self.output.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
             enhancement.save(unfinished)

@@ -4,65 +4,34 @@ A batch comes from a folder of images, from `--image` given several times, or fr
 its own seed, so a result depends neither on its neighbours nor on the order. The folder holds `<id>.png`, each with
 its parameters in the PNG text, and `generation.jsonl` with the same facts. A picture that is there already and was
 made from the same input, model and settings is not made again: the same command goes on where it was interrupted.
+A whole manifest is `lego_pipeline.cli.generate_data`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
-import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lego_pipeline.cli import records
-from lego_pipeline.cli.model import ModelOptions, draw, open_cache
+from lego_pipeline.cli.jobs import Job, call_or_report, print_counts, texts_of
+from lego_pipeline.cli.model import DrawOptions, draw, open_cache
 from lego_pipeline.cli.samples import Sample, check_ids, check_seed, derive_seed, find_images, read_actions
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from lego_pipeline import LegoPipeline
     from lego_pipeline.data.embedding_cache import EmbeddingCache
 
 
 @dataclass(kw_only=True)
-class Job:
-    """A sample on its way: where its picture goes, what it depends on, and what became of it."""
-
-    sample: Sample
-    path: Path
-    request: dict[str, Any]  # settings and content of the input; equal requests give equal pictures
-    status: str = "failed"  # or "written", or "skipped": it was there already
-    error: str | None = None
-    record: dict[str, Any] | None = None
-
-    def fail(self, error: Exception | str) -> None:
-        """Note a failure and say it in one line."""
-        self.error = " ".join(str(error).split())
-        print(f"lego: {self.sample.id}: {self.error}", file=sys.stderr)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        sample = self.sample
-        return {
-            "id": sample.id,
-            "image": str(sample.image),
-            "action": sample.action,
-            "description": self.record["description"] if self.record else sample.description,
-            "seed": sample.seed,
-            "status": self.status,
-            "path": str(self.path) if self.record else None,
-            "error": self.error,
-        }
-
-
-@dataclass(kw_only=True)
-class Generate(ModelOptions):
+class Generate(DrawOptions):
     """Draw the action frame for a frame and an action, or for many."""
 
     output: Path
@@ -75,6 +44,14 @@ class Generate(ModelOptions):
     """Detailed description of the action, instead of the VLM's own."""
     actions_file: Path | None = None
     """CSV or JSONL with the columns image, action and, if wanted, description, seed, id."""
+    data: Path | None = None
+    """Manifest to draw, instead of --image and --action; `accelerate launch -m lego_pipeline.cli` shares it out."""
+    split: str | None = None
+    """Split of the manifest; without it all rows."""
+    descriptions: Literal["generate", "manifest"] | None = None
+    """The VLM's own, or the manifest's; without it the latter with imported features and with --parity paper."""
+    parity: Literal["paper"] | None = None
+    """Draw a manifest as the released LEGO does: square frames, its sampler, stretched contrast, JPEGs in its tree."""
     seed: int = 0
     """Seed of a single picture. In a folder every picture has its own, derived from this and its id."""
     steps: int | None = None
@@ -83,6 +60,8 @@ class Generate(ModelOptions):
     """How strongly the action is followed; without it the model's own."""
     image_guidance_scale: float | None = None
     """How strongly the input frame is kept; without it the model's own."""
+    no_keep_scene: bool = False
+    """Decode the whole picture, also with a model that shows the input's own pixels where nothing changes."""
     batch_size: int = 1
     """Pictures made at once: changes speed and memory, not the pictures."""
     cache: Path | None = None
@@ -94,25 +73,30 @@ class Generate(ModelOptions):
     def run(self) -> int:
         """Make what is asked; 0 if every picture is there in the end, 1 if one failed."""
         self._check()
+        if self.data is not None:
+            from lego_pipeline.cli.generate_data import generate_data
+
+            return generate_data(self)
         jobs = self._jobs()
-        if self.output.suffix.lower() == ".png":
-            self._run_one(jobs[0])
-        else:
+        if self.output.suffix.lower() != ".png":
             self._run_folder(jobs)
-        counts = Counter(job.status for job in jobs)
-        if self.json:
-            numbers = {status: counts[status] for status in ("written", "skipped", "failed")}
-            print(json.dumps({"ok": not counts["failed"], **numbers, "samples": [job.as_dict() for job in jobs]}))
-        elif self.output.suffix.lower() == ".png":
-            print(f"{self.output}: {jobs[0].as_dict()['description']}")
         else:
-            failed = f", {counts['failed']} failed" if counts["failed"] else ""
-            print(f"{self.output}: {counts['written']} written, {counts['skipped']} there already{failed}")
-        return 1 if counts["failed"] else 0
+            self._run_one(jobs[0])
+            if not self.json:
+                print(f"{self.output}: {jobs[0].as_dict()['description']}")
+                return 0
+        return print_counts([job.as_dict() for job in jobs], self.output, as_json=self.json)
 
     def _check(self) -> None:
         """Refuse what no model could serve."""
-        if self.actions_file is not None:
+        if self.data is not None:
+            given = {"--image": self.image, "--action": self.action, "--description": self.description}
+            for flag, value in {**given, "--actions-file": self.actions_file}.items():
+                if value:
+                    raise ValueError(f"`{flag}` must be left out with `--data`, whose rows hold frames and actions.")
+        elif self.split is not None or self.descriptions is not None or self.parity is not None:
+            raise ValueError("`--split`, `--descriptions` and `--parity` must go with `--data`: name a manifest.")
+        elif self.actions_file is not None:
             if self.action is not None or self.description is not None:
                 raise ValueError(
                     "`--action` and `--description` must be columns of the `--actions-file`, not flags beside it."
@@ -121,17 +105,13 @@ class Generate(ModelOptions):
             raise ValueError("`--image` or `--actions-file` must be given; name a frame, such as --image frame.png.")
         elif not (self.action or "").strip() and not (self.description or "").strip():
             raise ValueError('`--action` or `--description` must be given, such as --action "open drawer".')
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"`--steps` must be at least 1, got {self.steps}.")
-        for flag, scale in (
-            ("--guidance-scale", self.guidance_scale),
-            ("--image-guidance-scale", self.image_guidance_scale),
-        ):
-            if scale is not None and not (math.isfinite(scale) and scale >= 0):
-                raise ValueError(f"`{flag}` must be a finite number of at least 0, got {scale}.")
+        self.check_steps(self.steps)
+        self.check_scales(self.guidance_scale, self.image_guidance_scale)
         if self.batch_size < 1:
             raise ValueError(f"`--batch-size` must be at least 1, got {self.batch_size}.")
         check_seed(self.seed, "--seed")
+        if self.data is not None and self.output.suffix.lower() == ".png" and not self.output.is_dir():
+            raise ValueError(f"`--output` must be a folder for a manifest's pictures, got {self.output}.")
         records.check_output(self.output, ".png", folder=True)
 
     def _jobs(self) -> list[Job]:
@@ -155,22 +135,79 @@ class Generate(ModelOptions):
                 f"`--output` must be a folder for {len(samples)} pictures, got {self.output}; leave out the .png."
             )
         check_ids(samples)
-        settings = {
+        inputs = {sample.image.resolve() for sample in samples}
+        settings = self.settings()
+        if self.cache is not None:
+            settings["cache"] = True  # of another precision, with another description
+        jobs = []
+        for sample in samples:
+            path = self.output if one else self.output / f"{sample.id}.png"
+            if path.resolve() in inputs:
+                raise ValueError(f"`--output` must not replace the input frame {path}; choose another name.")
+            asked = {"action": sample.action, "description": sample.description, "seed": sample.seed}
+            jobs.append(Job(sample=sample, path=path, request=settings | asked))
+        return jobs
+
+    def settings(self) -> dict[str, Any]:
+        """What all pictures of the request depend on; the model's own settings are in its fingerprint."""
+        return {
             "model": self.fingerprint(),
             "dtype": self.dtype,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "image_guidance_scale": self.image_guidance_scale,
-            **({"cache": True} if self.cache is not None else {}),  # of another precision, with another description
+            **({"keep_scene": False} if self.no_keep_scene else {}),
         }
-        jobs = []
-        for sample in samples:
-            path = self.output if one else self.output / f"{sample.id}.png"
-            if path.resolve() == sample.image.resolve():
-                raise ValueError(f"`--output` must not replace the input frame {sample.image}; choose another name.")
-            asked = {"action": sample.action, "description": sample.description, "seed": sample.seed}
-            jobs.append(Job(sample=sample, path=path, request=settings | asked))
-        return jobs
+
+    def note(self, job: Job, pipeline: LegoPipeline, description: str) -> dict[str, Any]:
+        """The record of a picture that was drawn."""
+        from lego_pipeline import __version__
+
+        own = pipeline.config
+        return {
+            "id": job.sample.id,
+            "image": str(job.sample.image),
+            "action": job.sample.action,
+            "description": description,
+            "seed": job.sample.seed,
+            "steps": _given(self.steps, own["num_inference_steps"]),
+            "guidance_scale": _given(self.guidance_scale, own["guidance_scale"]),
+            "image_guidance_scale": _given(self.image_guidance_scale, own["image_guidance_scale"]),
+            "model": f"{self.model or 'kitchen'}{' --fast' if self.fast else ''}",
+            "version": __version__,
+            "request": job.request,
+        }
+
+    def draw_batch(
+        self,
+        pipeline: LegoPipeline,
+        cache: EmbeddingCache | None,
+        jobs: Sequence[Job],
+        frames: Sequence[PIL.Image.Image],
+    ) -> None:
+        """Draw and write the pictures of some jobs in one call, each from its own seed, and note their records.
+
+        Args:
+            jobs: all with an action or none, and so with descriptions.
+            frames: their input frames.
+        """
+        import torch
+
+        pictures, descriptions = draw(
+            pipeline,
+            image=list(frames),
+            **texts_of(jobs),
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            image_guidance_scale=self.image_guidance_scale,
+            keep_scene=False if self.no_keep_scene else None,  # None takes the model's own
+            generator=[torch.Generator().manual_seed(job.sample.seed) for job in jobs],
+            cache=cache,
+        )
+        for job, picture, description in zip(jobs, pictures, descriptions, strict=True):
+            job.record = self.note(job, pipeline, description)
+            records.write_png(job.path, picture, job.record)
+            job.status = "written"
 
     def _run_one(self, job: Job) -> None:
         """Make a single picture; a failure refuses the request."""
@@ -208,7 +245,7 @@ class Generate(ModelOptions):
         pipeline = self.load()
         with tqdm.tqdm(total=len(wanted), unit="picture", disable=None) as bar:
             for batch in _batches(wanted, self.batch_size):
-                self._call_or_report(pipeline, cache, batch)
+                call_or_report(lambda part: self._call(pipeline, cache, part), batch)
                 for job in batch:
                     if job.record:
                         known[job.sample.id] = job.record
@@ -217,53 +254,11 @@ class Generate(ModelOptions):
         if known:
             records.write_records(file, known.values())
 
-    def _call_or_report(self, pipeline: LegoPipeline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
-        """One call; if the pipeline refuses it, one call for each sample, so that only the bad ones fail."""
-        try:
-            self._call(pipeline, cache, batch)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            if len(batch) == 1:
-                batch[0].fail(error)
-                return
-            for job in batch:
-                self._call_or_report(pipeline, cache, [job])
-
     def _call(self, pipeline: LegoPipeline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
         """Make and write the pictures of one call of the pipeline."""
-        import torch
-
-        from lego_pipeline import __version__
         from lego_pipeline.images import read_image
 
-        samples = [job.sample for job in batch]
-        pictures, descriptions = draw(
-            pipeline,
-            image=[read_image(sample.image) for sample in samples],
-            action=None if samples[0].action is None else [sample.action for sample in samples],
-            description=None if samples[0].description is None else [sample.description for sample in samples],
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            image_guidance_scale=self.image_guidance_scale,
-            generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
-            cache=cache,
-        )
-        own = pipeline.config
-        for job, picture, description in zip(batch, pictures, descriptions, strict=True):
-            job.record = {
-                "id": job.sample.id,
-                "image": str(job.sample.image),
-                "action": job.sample.action,
-                "description": description,
-                "seed": job.sample.seed,
-                "steps": _given(self.steps, own["num_inference_steps"]),
-                "guidance_scale": _given(self.guidance_scale, own["guidance_scale"]),
-                "image_guidance_scale": _given(self.image_guidance_scale, own["image_guidance_scale"]),
-                "model": self.model or "kitchen",
-                "version": __version__,
-                "request": job.request,
-            }
-            records.write_png(job.path, picture, job.record)
-            job.status = "written"
+        self.draw_batch(pipeline, cache, batch, [read_image(job.sample.image) for job in batch])
 
 
 def _hash_input(job: Job) -> None:

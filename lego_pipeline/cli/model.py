@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+
+from lego_pipeline.checkpoints import FAST
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from lego_pipeline import LegoPipeline, LegoPipelineOutput
     from lego_pipeline.data.embedding_cache import EmbeddingCache
 
+HASHED = (".json", ".safetensors", ".txt", ".model")
 HASHED_BYTES = 1 << 20  # of the start of each file
 
 
@@ -44,8 +48,11 @@ class ModelOptions:
             )
         return str(KITCHEN)
 
-    def load(self) -> LegoPipeline:
+    def load(self, **components: Any) -> LegoPipeline:
         """The pipeline on its device.
+
+        Args:
+            **components: to be used instead of the model's own, such as `vlm=None`.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -66,7 +73,7 @@ class ModelOptions:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         try:
-            pipeline = LegoPipeline.from_pretrained(path, dtype=getattr(torch, self.dtype))
+            pipeline = LegoPipeline.from_pretrained(path, dtype=getattr(torch, self.dtype), **components)
         except OSError as error:
             raise ValueError(f"`--model` {path} cannot be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only on a terminal
@@ -82,11 +89,93 @@ class ModelOptions:
         if not folder.is_dir():
             return str(folder)
         digest = hashlib.sha256()
-        for file in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors", ".txt", ".model")):
+        files = (file for file in folder.rglob("*") if file.suffix in HASHED)
+        for file in sorted(file for file in files if self.is_used(file.relative_to(folder))):
             with open(file, "rb") as content:
                 digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
                 digest.update(content.read(HASHED_BYTES))
         return digest.hexdigest()[:16]
+
+    def is_used(self, file: Path) -> bool:
+        """Whether a file, by its path in the model folder, has a part in what the command makes."""
+        return file.parts[0] != FAST
+
+
+@dataclass(kw_only=True)
+class DrawOptions(ModelOptions):
+    """Which model, where it runs, and whether it draws in few steps."""
+
+    fast: bool = False
+    """Draw with the model's few-step adapters, if it has them: guidance is in their weights, a step is one pass."""
+
+    def load(self, **components: Any) -> LegoPipeline:
+        """As `ModelOptions.load`; with `--fast` the few-step pipeline.
+
+        Raises:
+            FileNotFoundError: besides, the model has no few-step adapters.
+        """
+        if not self.fast:
+            return super().load(**components)
+        folder = self.fast_folder()
+        return super().load(**components).load_fast(folder)
+
+    def is_used(self, file: Path) -> bool:
+        """As `ModelOptions.is_used`; with `--fast` the adapters too."""
+        return self.fast or super().is_used(file)
+
+    def fast_folder(self) -> Path:
+        """Where the model's few-step adapters are.
+
+        Raises:
+            FileNotFoundError: it has none, or is no folder.
+        """
+        from lego_pipeline import fast
+
+        folder = Path(self.find()) / FAST
+        if not folder.parent.is_dir():
+            raise FileNotFoundError(
+                f"`--fast` needs a model folder of this machine, got {folder.parent}; download it and pass the folder."
+            )
+        if not (folder / fast.FACTS).is_file():
+            raise FileNotFoundError(
+                f"`--fast` needs few-step adapters, but there are none at {folder}; leave it out, or make them with "
+                "train/distill_ldm.py and copy its `lora` there."
+            )
+        return folder
+
+    def check_steps(self, steps: int | None) -> None:
+        """The rule for a number of steps that a command was given.
+
+        Raises:
+            ValueError: it is below 1, or with `--fast` more than the adapters' scheduler knows.
+            FileNotFoundError: with `--fast` there are no adapters.
+        """
+        if steps is None:
+            return
+        if steps < 1:
+            raise ValueError(f"`--steps` must be at least 1, got {steps}.")
+        if self.fast:
+            from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+            most = LCMScheduler.from_pretrained(self.fast_folder()).config["original_inference_steps"]
+            if steps > most:
+                raise ValueError(f"`--steps` must be at most {most} with `--fast`, got {steps}.")
+
+    def check_scales(self, guidance_scale: float | None, image_guidance_scale: float | None) -> None:
+        """The rule for guidance scales that a command was given.
+
+        Raises:
+            ValueError: one is below zero or not finite, or given with `--fast`.
+        """
+        scales = {"--guidance-scale": guidance_scale, "--image-guidance-scale": image_guidance_scale}
+        for flag, scale in scales.items():
+            if scale is not None and not (math.isfinite(scale) and scale >= 0):
+                raise ValueError(f"`{flag}` must be a finite number of at least 0, got {scale}.")
+            if scale is not None and self.fast:
+                raise ValueError(
+                    f"`{flag}` must be left out with `--fast`, got {scale}; the adapters have the guidance in their "
+                    "weights."
+                )
 
 
 def open_cache(folder: Path | None) -> EmbeddingCache | None:

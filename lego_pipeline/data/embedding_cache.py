@@ -12,12 +12,15 @@ Two kinds of entries in one `ShardStore`:
 A `Recipe` names these settings. It is written beside the entries as `recipe-NAME.json`, so a reader without the VLM
 finds what belongs to a frame and an action. No key holds a path, a row's id, a dtype or the version of a library.
 
+Embeddings that others computed, such as the released LEGO's, lie under a recipe of the family "imported"
+(`imported_recipe`): no VLM belongs to it, and a frame's states are F_img itself.
+
 Letters: N_i VLM image tokens, K width of a frame's states, T VLM text states, D VLM width.
 """
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from lego_pipeline.vlm.base import DEFAULT_QUESTION, Enhancement, ask, check_que
 
 DTYPES = ("float16", "float32", "int8")
 DESCRIPTIONS = ("generate", "manifest")
+IMPORTED = "imported"  # family of embeddings that come from files
 FILL = "fill the cache with `train/cache_embeddings.py`"
 
 
@@ -41,7 +45,7 @@ class Recipe:
     """How entries came about; made from a VLM by `lego_pipeline.enhance.make_recipe`.
 
     Attributes:
-        family: name of the VLM's family in `VLM_FAMILIES`.
+        family: name of the VLM's family in `VLM_FAMILIES`, or `IMPORTED`.
         vlm_key: of all its weights with adapters, its config, tokenizer and chat template.
         vision_key: of what a frame's states depend on.
         connector_key: of the VLM's projector.
@@ -49,6 +53,8 @@ class Recipe:
         question_template: with `{}` for the action.
         max_new_tokens, temperature, top_k, seed: of sampling; a sample's generator is seeded by its key.
         descriptions: "generate", or "manifest" if the cache was filled with the descriptions of the manifest.
+        vlm_id: of `lego_pipeline.enhance.vlm_id`, so that a checkpoint knows embeddings of its VLM; None if unknown.
+            No part of the recipe's name or of any key.
     """
 
     family: str
@@ -63,6 +69,7 @@ class Recipe:
     top_k: int = 50
     seed: int = 0
     descriptions: str = "generate"
+    vlm_id: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         check_question(self.question_template)
@@ -72,7 +79,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """12 hex digits that stand for all settings."""
-        return content_key(asdict(self))[:12]
+        return content_key({name: value for name, value in asdict(self).items() if name != "vlm_id"})[:12]
 
     def frame_key(self, pixels: str) -> str:
         """Key of a frame's entry; `pixels` is its `pixel_key`."""
@@ -93,6 +100,27 @@ class Recipe:
         return content_key("text", pixels, question, self.vlm_key, sampling)
 
 
+def imported_recipe(source: str, num_image_tokens: int, vlm_dim: int, **settings: Any) -> Recipe:
+    """The recipe of embeddings that come from files, found by frame, action and the manifest's description.
+
+    Args:
+        source: names the VLM that made them; another name makes other entries.
+        num_image_tokens, vlm_dim: N_i and D.
+        **settings: `question_template`, if it is not the default.
+    """
+    key = content_key(IMPORTED, source)
+    return Recipe(
+        family=IMPORTED,
+        vlm_key=key,
+        vision_key=key,
+        connector_key=key,
+        num_image_tokens=num_image_tokens,
+        vlm_dim=vlm_dim,
+        descriptions="manifest",
+        **settings,
+    )
+
+
 def sampling_seed(text_key: str) -> int:
     """Seed of a description's generator: of what it is asked and of nothing else."""
     return int(text_key[:15], 16)
@@ -102,7 +130,7 @@ class Connector(torch.nn.Module):
     """The VLM's projector alone, in float32: makes F_img of a frame's stored states.
 
     Args:
-        family: name in `VLM_FAMILIES`.
+        family: name in `VLM_FAMILIES`, or `IMPORTED`: the states are F_img then, and the module has no part in it.
         module: as the family's `connector` gives it.
         dim: D.
     """
@@ -113,6 +141,8 @@ class Connector(torch.nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """F_img (..., N_i, D) of states (..., N_i, K) float32."""
+        if self.family == IMPORTED:
+            return states
         return VLM_FAMILIES[self.family].image_embeds(self.module, states, self.dim)
 
 
@@ -239,7 +269,7 @@ class EmbeddingCache:
         """The enhancement made of a frame entry and a text entry, float32 on the CPU."""
         with torch.no_grad():
             image_embeds = self.connector(recipe)(self.frame_states(frame))
-        return Enhancement(self.description(text), image_embeds, self.text_embeds(text))
+        return Enhancement(self.description(text), image_embeds, self.text_embeds(text), recipe.vlm_id)
 
     def frame_states(self, key: str) -> torch.Tensor:
         """(N_i, K) float32 states of a frame before the VLM's projector.
@@ -266,6 +296,8 @@ class EmbeddingCache:
             FileNotFoundError: the file is not there.
             ValueError: it is damaged.
         """
+        if recipe.family == IMPORTED:
+            return Connector(IMPORTED, torch.nn.Identity(), recipe.vlm_dim)
         if recipe.connector_key not in self._connectors:
             path = self._connector_path(recipe)
             if not path.is_file():
@@ -278,11 +310,11 @@ class EmbeddingCache:
 
     # --- Writing -----------------------------------------------------------------------------------------------------
 
-    def add_recipe(self, recipe: Recipe, vlm: Any) -> None:
-        """Writes a recipe and the projector of its VLM, if they are not there."""
+    def add_recipe(self, recipe: Recipe, vlm: Any = None) -> None:
+        """Writes a recipe and the projector of its VLM, if they are not there; imported embeddings have no VLM."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._connector_path(recipe)
-        if not path.exists():
+        if recipe.family != IMPORTED and not path.exists():
             family = VLM_FAMILIES[recipe.family]
             tensors = {name: t.cpu().contiguous() for name, t in state_dict_of(family.connector(vlm)).items()}
             metadata = {"settings": json.dumps(family.connector_settings(vlm))}

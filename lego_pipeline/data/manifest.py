@@ -73,12 +73,12 @@ def write_shard(rows: list[dict], path: str | os.PathLike) -> None:
     Args:
         rows: one dict a pair. `id`, `image_0` and `action` are required, other columns of `FEATURES` may be missing
             (they become null), further ones are kept. Images are PIL images (stored as PNG, whatever they were loaded
-            from); `slots` is a JSON string or a dict.
+            from) or bytes of an image file (stored as they are); `slots` is a JSON string or a dict.
         path: the shard, `.parquet`; its folder is made.
 
     Raises:
         ValueError: no rows, or a row without a required value.
-        TypeError: an image that is no PIL image.
+        TypeError: an image that is neither.
     """
     path = Path(path)
     if not rows:
@@ -248,8 +248,10 @@ def _encoded(row: dict, number: int) -> dict:
             png = io.BytesIO()
             image.save(png, "PNG")
             row[name] = {"bytes": png.getvalue(), "path": None}
+        elif isinstance(image, bytes):
+            row[name] = {"bytes": image, "path": None}
         elif image is not None:
-            raise TypeError(f"`{name}` of row {number + 1} must be a PIL image, got {type(image).__name__}.")
+            raise TypeError(f"`{name}` of row {number + 1} must be a PIL image or bytes, got {type(image).__name__}.")
     if isinstance(row.get("slots"), dict):
         row["slots"] = json.dumps(row["slots"])
     return row

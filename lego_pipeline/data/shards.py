@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,22 +217,25 @@ def pixel_key(image: PIL.Image.Image) -> str:
     return hashlib.sha256(json.dumps(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:32]
 
 
-def model_key(modules: torch.nn.Module | list[torch.nn.Module], *facts: Any) -> str:
+def model_key(
+    modules: torch.nn.Module | list[torch.nn.Module], *facts: Any, precision: torch.dtype = torch.float32
+) -> str:
     """Key of a model: every weight of its modules, and further facts such as its config.
 
     Weights count by their values as float32, so a model loaded from a half-precision file has one key in half and in
-    single precision. Offloaded weights are read where they are.
+    single precision. With `precision=torch.bfloat16` a model has one key in single precision and in bfloat16, whatever
+    its file holds. Offloaded weights are read where they are.
     """
     modules = [modules] if isinstance(modules, torch.nn.Module) else modules
     states = [state_dict_of(module) for module in modules]
     weights = {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in sorted(state.items())}
-    return weights_key(weights, *facts)
+    return weights_key(weights, *facts, precision=precision)
 
 
-def weights_key(weights: Mapping[str, torch.Tensor], *facts: Any) -> str:
-    """Key of named tensors in their order, by their values as float32, and of further facts."""
+def weights_key(weights: Mapping[str, torch.Tensor], *facts: Any, precision: torch.dtype = torch.float32) -> str:
+    """Key of named tensors in their order, by their values in a precision, and of further facts."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        digests = list(pool.map(_weight_digest, weights.values()))
+        digests = list(pool.map(partial(_weight_digest, precision=precision), weights.values()))
     names = [(name, list(tensor.shape)) for name, tensor in weights.items()]
     return content_key("model", names, digests, *facts)
 
@@ -243,6 +247,6 @@ def state_dict_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
-def _weight_digest(tensor: torch.Tensor) -> str:
-    values = tensor.float() if tensor.is_floating_point() else tensor
+def _weight_digest(tensor: torch.Tensor, precision: torch.dtype) -> str:
+    values = tensor.to(precision) if tensor.is_floating_point() else tensor
     return hashlib.sha256(_bytes(values)).hexdigest()

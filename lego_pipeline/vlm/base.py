@@ -4,7 +4,7 @@ Letters: N_i VLM image tokens, T VLM text states, D VLM width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,23 +45,26 @@ class Enhancement:
         description: R, the detailed description of how the action is carried out in the frame.
         image_embeds: (N_i, D) float, F_img, the multimodal projector's output for the frame.
         text_embeds: (T, D) float, F_txt, the last-layer states that predict each answer token, end token included.
+        vlm_id: of the VLM that made it (`lego_pipeline.enhance.vlm_id`), or None if unknown; a checkpoint that was
+            trained with another VLM refuses it.
     """
 
     description: str
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
+    vlm_id: str | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "Enhancement":
         """Same enhancement with both tensors moved as by `torch.Tensor.to`."""
-        return Enhancement(
-            self.description, self.image_embeds.to(*args, **kwargs), self.text_embeds.to(*args, **kwargs)
-        )
+        moved = self.image_embeds.to(*args, **kwargs), self.text_embeds.to(*args, **kwargs)
+        return replace(self, image_embeds=moved[0], text_embeds=moved[1])
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, the description in its metadata."""
+        """Writes one safetensors file, description and the VLM's id in its metadata."""
         tensors = {"image_embeds": self.image_embeds, "text_embeds": self.text_embeds}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, path, metadata={"description": self.description})
+        known = {} if self.vlm_id is None else {"vlm_id": self.vlm_id}
+        save_file(tensors, path, metadata={"description": self.description, **known})
 
     @classmethod
     def load(cls, path: str | Path) -> "Enhancement":
@@ -77,7 +80,8 @@ class Enhancement:
                     f"`{path}` must hold `image_embeds`, `text_embeds` and a description, got {sorted(file.keys())}; "
                     "make one with `lego enhance --output`."
                 )
-            return cls(metadata["description"], file.get_tensor("image_embeds"), file.get_tensor("text_embeds"))
+            tensors = file.get_tensor("image_embeds"), file.get_tensor("text_embeds")
+            return cls(metadata["description"], *tensors, metadata.get("vlm_id"))
 
 
 def wake(model: torch.nn.Module) -> torch.device:

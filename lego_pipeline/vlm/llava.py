@@ -205,7 +205,8 @@ def _projected(
     vlm = base_model(vlm)
     together = _vision_states(vlm, inputs, device) if states is None else torch.stack(list(states))
     projector = vlm.model.multi_modal_projector
-    return list(projector(together.to(device, next(projector.parameters()).dtype)))
+    floats = (weight.dtype for weight in projector.parameters() if weight.is_floating_point())
+    return list(projector(together.to(device, next(floats, vlm.dtype))))  # its weights may be in 4 or 8 bits
 
 
 def _image_outputs(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lego_pipeline.cli import main
+from lego_pipeline.enhance import vlm_id
 from lego_pipeline.vlm import Enhancement, llava
 
 
@@ -35,6 +36,7 @@ def test_the_saved_file_holds_what_the_pipeline_gives(
     generator = torch.Generator().manual_seed(3)
     [expected] = tiny_pipeline.enhance(PIL.Image.open(picture), "open drawer", generator=generator)
     assert saved.description == expected.description == result["description"]
+    assert saved.vlm_id == vlm_id(tiny_pipeline.vlm, tiny_pipeline.vlm_processor)
     torch.testing.assert_close(saved.text_embeds, expected.text_embeds)
     assert result["image_embeds"] == list(expected.image_embeds.shape)
     assert [path.name for path in output.parent.iterdir()] == [output.name]

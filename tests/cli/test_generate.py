@@ -41,6 +41,16 @@ def written(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+def test_no_input_frame_is_replaced_not_even_that_of_another_row(
+    frames: Path, tmp_path: Path, generate: Callable
+) -> None:
+    lines = [{"image": "cup.png", "action": "take", "id": "tap"}, {"image": "tap.png", "action": "take", "id": "a"}]
+    (tmp_path / "actions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, result, _ = generate("--actions-file", tmp_path / "actions.jsonl", "--image", frames, "--output", frames)
+    assert code == 2 and "`--output` must not replace the input frame" in result["error"]
+    assert written(frames) == ["cup.png", "drawer.png", "tap.png"]
+
+
 def record_of(path: Path) -> dict:
     with PIL.Image.open(path) as picture:
         return json.loads(picture.info[PNG_KEY])

@@ -199,7 +199,7 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 
 
 def test_a_refused_shard_leaves_no_file(tmp_path):
-    with pytest.raises(TypeError, match="`image_0` of row 1 must be a PIL image, got ndarray"):
+    with pytest.raises(TypeError, match="`image_0` of row 1 must be a PIL image or bytes, got ndarray"):
         write_shard([pair(1, image_0=np.zeros((8, 8, 3)))], tmp_path / "a.parquet")
     assert not list(tmp_path.glob("*.parquet")) and not list(tmp_path.glob(".*"))
 

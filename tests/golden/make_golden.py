@@ -1,8 +1,8 @@
 """Makes the arrays of this folder: `python tests/golden/make_golden.py` from the root of the repository.
 
-They are made by this package's own code, after it was compared with the released code's arrays (see the parity tests
-in `tests/test_projector.py` and `tests/vlm/test_llava.py`), and keep its numbers from changing unnoticed. Run it again
-only when a change is meant to alter numbers, and say so in CHANGELOG.md.
+They are made by this package's own code, after it was compared with the released code's arrays (`pytest -k parity`),
+and keep its numbers from changing unnoticed where those arrays aren't at hand. Run it again only when a change is
+meant to alter numbers, and say so in CHANGELOG.md.
 """
 
 from pathlib import Path
@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lego_pipeline import parity
+from lego_pipeline.guidance import PASSES, combine
 from lego_pipeline.projector import LegoProjector
-from lego_pipeline.vlm.llava import SampleByGumbelNoise
+from lego_pipeline.scheduler import LegoEulerAncestralScheduler
+from lego_pipeline.vlm.chat import SampleByGumbelNoise
 
 FOLDER = Path(__file__).parent
 
@@ -49,6 +52,28 @@ def sampling_arrays() -> dict[str, np.ndarray]:
     return {"scores": scores.numpy(), "tokens": tokens.numpy()}
 
 
+def sampler_arrays() -> dict[str, np.ndarray]:
+    """Noise levels, a trajectory of 7 steps with a stand-in for the UNet, and the picture of the last latent."""
+    scheduler = LegoEulerAncestralScheduler()
+    arrays: dict[str, torch.Tensor] = {}
+    for steps in (20, 7):
+        scheduler.set_timesteps(steps)
+        arrays |= {f"sigmas_{steps}": scheduler.sigmas, f"timesteps_{steps}": scheduler.timesteps}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 3, 8, 8, generator=generator)
+    latents, before = noise * scheduler.init_noise_sigma, []
+    for t in scheduler.timesteps:
+        before.append(latents)
+        predictions = [torch.tanh(scheduler.scale_model_input(latents, t) + shift) for shift in (0.1, 0.05, 0.0)]
+        guided = combine(torch.cat(predictions), PASSES, 7.5, 1.5)
+        latents = scheduler.step(guided, t, latents, generator=generator).prev_sample
+    picture = parity.released_picture(latents[0], 1440, 1080)
+    arrays |= {"noise": noise, "before_each_step": torch.stack(before), "final": latents}
+    return {name: tensor.numpy() for name, tensor in arrays.items()} | {"picture": np.array(picture)}
+
+
+MAKERS = {"projector": projector_arrays, "sampling": sampling_arrays, "sampler": sampler_arrays}
+
 if __name__ == "__main__":
-    for name, arrays in {"projector": projector_arrays(), "sampling": sampling_arrays()}.items():
+    for name, arrays in {name: make() for name, make in MAKERS.items()}.items():
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays, torch_version=np.array(torch.__version__))

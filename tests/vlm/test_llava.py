@@ -1,5 +1,6 @@
 """LLaVA: the teacher-forced rows are those of step-by-step generation, sampling is each sample's own."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
+from lego_pipeline.enhance import make_recipe
 from lego_pipeline.vlm import chat, llava
 
 REFERENCE = Path(os.environ.get("LEGO_REFERENCE_DIR", "reference")) / "vllm"
@@ -42,6 +46,29 @@ def frames(make_frame: Callable[..., PIL.Image.Image]) -> list[PIL.Image.Image]:
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes (extra `quantization`) is not installed")
+@torch.no_grad()
+def test_a_vlm_that_is_quantized_as_a_whole_describes_and_embeds_but_fills_no_cache(
+    vlm: Any, processor: Any, frames: list, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(vlm.config)
+    for part in (config.vision_config, config.text_config):  # the widths that quantization wants
+        part.hidden_size, part.intermediate_size, part.num_attention_heads = 64, 64, 2
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 2, 32
+    vlm = LlavaForConditionalGeneration(config).eval()
+    vlm.save_pretrained(tmp_path)
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True)
+    small = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=in_4_bits)
+    assert type(small.model.multi_modal_projector.linear_1).__name__ == "Linear4bit"
+    [text] = llava.generate(small, processor, frames[:1], QUESTIONS[:1], max_new_tokens=2, temperature=0)
+    [found] = llava.embed(small, processor, frames[:1], QUESTIONS[:1], DESCRIPTIONS[:1])
+    [whole] = llava.embed(vlm, processor, frames[:1], QUESTIONS[:1], DESCRIPTIONS[:1])
+    assert isinstance(text, str) and found.image_embeds.is_floating_point()
+    assert torch.nn.functional.cosine_similarity(found.image_embeds.float(), whole.image_embeds).min() > 0.8
+    with pytest.raises(ValueError, match="`vlm` must have a projector of floats where there is a cache"):
+        make_recipe(small, processor)
 
 
 @torch.no_grad()
