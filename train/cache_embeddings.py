@@ -39,7 +39,7 @@ from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.data.mirror import mirror_image, mirror_text
 from lego_pipeline.enhance import fill_cache, make_recipe
 from lego_pipeline.images import to_rgb
-from lego_pipeline.training import check_number, check_processes
+from lego_pipeline.training import check_number, check_processes, long_waits
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, check_question
 from lego_pipeline.vlm.load import load_adapter, load_processor, load_vlm
 
@@ -118,7 +118,7 @@ def read_rows(config: CacheEmbeddingsConfig) -> list[tuple[str, Dataset]]:
 
 
 def main(config: CacheEmbeddingsConfig) -> None:
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[long_waits()])  # the others' rows may take longer
     check_processes(config.expect_processes, accelerator.num_processes)
     named = read_rows(config)
     vlm, processor = load_describer(config, accelerator.device)

@@ -9,12 +9,19 @@ import platform
 import subprocess
 import sys
 from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, is_tensorboard_available, is_wandb_available
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 from diffusers.optimization import SchedulerType
 
 from lego_pipeline.atomic import write_text
@@ -32,6 +39,7 @@ FREE_SETTINGS = frozenset(
 COUNTS = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every_steps")
 NOT_NEGATIVE = ("max_minutes", "save_every_minutes", "save_every_steps", "learning_rate", "warmup_steps",
                 "weight_decay", "num_workers", "expect_processes")  # fmt: skip
+LONGEST_WAIT = timedelta(days=14)
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT)  # wants rules
 REPORTED_PACKAGES = ("lego-pipeline", "torch", "accelerate", "diffusers", "transformers", "peft", "datasets",
@@ -146,6 +154,11 @@ def start_accelerator(config: LaunchSettings) -> Accelerator:
             if tracker.name != "tensorboard":  # which would open another run for them
                 tracker.store_init_configuration(plain_values(config))
     return accelerator
+
+
+def long_waits() -> InitProcessGroupKwargs:
+    """For an `Accelerator` whose processes meet only at the end: they wait for the slowest, not for minutes."""
+    return InitProcessGroupKwargs(timeout=LONGEST_WAIT)
 
 
 def check_processes(expected: int, found: int) -> None:

@@ -11,6 +11,8 @@ import PIL.Image
 import pytest
 
 from lego_pipeline.config import parse_config
+from lego_pipeline.data.manifest import read_manifest
+from tests.curation.chat_server import ChatServer, sentence
 from train import train_ldm, tune_vlm
 
 ROOT = Path(__file__).parents[2]
@@ -32,17 +34,22 @@ def commands(text: str) -> str:
     return script
 
 
-@pytest.mark.slow
-def test_twenty_pairs_become_a_picture(tmp_path: Path) -> None:
+def run_section(title: str, folder: Path, **variables: str) -> None:
+    """Runs the commands below a heading as they stand, in a folder that looks like this repository."""
     for name in ("train", "examples", "lego_pipeline"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        (folder / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    script = commands(section("Twenty pairs"))
+    script = commands(section(title))
     done = subprocess.run(
-        ["bash", "-euxc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-euxc", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_twenty_pairs_become_a_picture(tmp_path: Path) -> None:
+    run_section("Twenty pairs", tmp_path)
     with PIL.Image.open(tmp_path / "runs/guide/action.png") as picture:
         assert picture.size == (128, 128)
         assert "open drawer" in str(picture.text)  # ty: ignore[unresolved-attribute]
@@ -51,6 +58,24 @@ def test_twenty_pairs_become_a_picture(tmp_path: Path) -> None:
     log = (tmp_path / "runs/guide/ldm/validation.jsonl").read_text()
     steps = [json.loads(line)["step"] for line in log.splitlines()]
     assert steps == [0, 2, 4]
+
+
+@pytest.mark.slow
+def test_twenty_videos_become_a_picture(tmp_path: Path) -> None:
+    with ChatServer() as server:
+        run_section("From your own videos", tmp_path, LLM_URL=server.url, LLM_NAME="m", NO_PROXY="127.0.0.1")
+    own = tmp_path / "runs/own"
+    summary = json.loads((own / "frames/summary.json").read_text())
+    assert summary["actions"] == 20 == summary["pairs"] + sum(summary["dropped"].values()) and summary["pairs"] >= 15
+    described = read_manifest(own / "described/manifest", "train")
+    assert len(described) == summary["pairs_by_split"]["train"] == len(server.bodies)
+    assert all(
+        text == sentence(action)
+        for text, action in zip(described["description"][:], described["action"][:], strict=True)
+    )
+    assert sum("right hand (" in body["messages"][-1]["content"] for body in server.bodies) > 5
+    with PIL.Image.open(own / "action.png") as picture:
+        assert picture.size == (64, 64)
 
 
 @pytest.mark.slow
