@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from transformers.processing_utils import ProcessorMixin
 
 from lego_pipeline import loading
+from lego_pipeline.atomic import write_text
+from lego_pipeline.enhance import vlm_id
 from lego_pipeline.pipeline_lego import LegoPipeline
 from lego_pipeline.vlm.load import load_processor
 
@@ -143,8 +145,8 @@ def save_trained(
         card: text of README.md.
     """
     trained = {
-        "unet": _with_weights(pipeline.unet, unet_state),
-        "projector": _with_weights(pipeline.projector, projector_state),
+        "unet": with_weights(pipeline.unet, unet_state),
+        "projector": with_weights(pipeline.projector, projector_state),
     }
     components: dict[str, Any] = {**pipeline.components, **trained, "vlm": None, "vlm_processor": None}
     settings: dict[str, Any] = {
@@ -157,10 +159,37 @@ def save_trained(
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
-def _with_weights(model: Any, state: Mapping[str, torch.Tensor]) -> Any:
-    """A model of the same config around the given tensors."""
+def note_vlm(folder: Path) -> str | None:
+    """Writes into a saved pipeline that its projector belongs to the VLM beside it, for enhancements to be compared.
+
+    Training notes the VLM that it has. Saved in another number format a VLM has other weights, and another id.
+
+    Args:
+        folder: of a LegoPipeline with its VLM.
+
+    Returns:
+        The VLM's id (`lego_pipeline.enhance.vlm_id`); None if it has none.
+
+    Raises:
+        ValueError: the pipeline has no VLM.
+    """
+    others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "scheduler", "projector"))
+    pipeline = LegoPipeline.from_pretrained(folder, **others)
+    if pipeline.vlm is None:
+        raise ValueError(f"`folder` must be a LegoPipeline with its VLM, got {folder} without; save it with one.")
+    found = vlm_id(pipeline.vlm, pipeline.vlm_processor)
+    path = folder / "projector" / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), "vlm_id": found}
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    return found
+
+
+def with_weights(model: Any, state: Mapping[str, torch.Tensor]) -> Any:
+    """A model of the same config around the given tensors, which are not copied."""
     with torch.device("meta"):
-        copy = type(model).from_config(model.config)
+        # Without diffusers' list of what a config file left out, which it would build by default even where changed.
+        config = {name: value for name, value in model.config.items() if name != "_use_default_values"}
+        copy = type(model).from_config(config)
     copy.load_state_dict(state, assign=True)
     return copy
 

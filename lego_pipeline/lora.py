@@ -7,20 +7,25 @@ Everything but `add_lora` works on a state dict, so that averaged weights, and w
 go the same way. Letters: r rank, alpha the numerator of the scale; an adapter adds `alpha / r * B A` to a weight.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_in")
 ADAPTER = "default"  # peft's name for an adapter that got none
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui.safetensors"
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int, seed: int = 0) -> None:
+def add_lora(
+    unet: UNet2DConditionModel, rank: int, alpha: int, seed: int = 0, targets: Sequence[str] = TARGETS
+) -> None:
     """Freezes a UNet and adds trainable adapters that change nothing yet (B is zero).
 
     Args:
@@ -28,6 +33,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int, seed: int = 0) -
         rank: r, of every adapter.
         alpha: usually r or 2 r.
         seed: of A, so that all processes start alike; torch's global generator is left as it is.
+        targets: ends of the names of the layers that get one.
 
     Raises:
         ImportError: peft is not installed.
@@ -39,7 +45,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: int, seed: int = 0) -
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS)), ADAPTER)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), ADAPTER)
 
 
 def lora_layers(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -95,3 +101,23 @@ def export_lora(state: Mapping[str, torch.Tensor], alpha: int, folder: Path) -> 
     metadata = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(module for module, _, _ in layers)}
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, diffusers_names, unet_lora_adapter_metadata=metadata)
     save_file(comfyui_names, folder / COMFYUI_FILE, {"format": "pt"})
+
+
+def read_lora(folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Adapters that `export_lora` wrote for diffusers, under their names in a UNet's state dict, and alpha.
+
+    Raises:
+        FileNotFoundError: none are there.
+        ValueError: the file is damaged or has no alpha of its own.
+    """
+    path = folder / DIFFUSERS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"`{folder}` must hold {DIFFUSERS_FILE}, found none.")
+    try:
+        with safe_open(path, "pt") as file:
+            alpha = json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"]
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` must hold adapters with their alpha, but cannot be read ({error}).") from error
+    names = {name: name.removeprefix("unet.").removesuffix(".weight") for name in stored}
+    return {f"{names[name]}.{ADAPTER}.weight": tensor for name, tensor in stored.items()}, alpha

@@ -32,6 +32,8 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 
 from lego_pipeline.diffusion_step import Denoiser, losses_of
+from lego_pipeline.distillation import ADAPTED, Student
+from lego_pipeline.export import with_weights
 from lego_pipeline.lora import add_lora
 from lego_pipeline.projector import LegoProjector
 from lego_pipeline.stable_diffusion import widen_input
@@ -271,20 +273,15 @@ def ldm_memory(
     Raises:
         OSError: a config is missing.
     """
-    with torch.device("meta"):
-        vae = _from_config(AutoencoderKL, folder, "vae")
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
-        unet = _from_config(UNet2DConditionModel, folder, "unet")
-        if unet.config["in_channels"] == vae.config["latent_channels"]:
-            widen_input(unet, 2 * vae.config["latent_channels"])
-        projector = _projector(folder, unet.config["cross_attention_dim"], vlm_sizes)
-        if lora_rank:
+    vae, text_encoder, unet, projector = _ldm_models(folder, vlm_sizes)
+    if lora_rank:
+        with torch.device("meta"):
             add_lora(unet, lora_rank, lora_rank)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     projector.requires_grad_(trains_projector)
     denoiser = Denoiser(unet, projector, 0.05).train()
-    side = (resolution or _resolution(folder)) // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    side = _side(folder, vae, resolution)
     channels, sizes = vae.config["latent_channels"], projector.config
 
     def loss() -> torch.Tensor:
@@ -311,6 +308,74 @@ def ldm_memory(
         average=average,
         mixed_precision=mixed_precision,
     )
+
+
+def distillation_memory(
+    folder: str | Path,
+    *,
+    batch_size: int,
+    resolution: int | None = None,
+    lora_rank: int = 64,
+    gradient_checkpointing: bool = False,
+    mixed_precision: str = "no",
+    average: bool = True,
+) -> StepMemory:
+    """Memory of a step of `train/distill_ldm.py` with a teacher of three passes.
+
+    Args:
+        folder, batch_size, resolution, mixed_precision, average: see `ldm_memory`.
+        lora_rank: of the student's adapters.
+        gradient_checkpointing: of the student.
+
+    Raises:
+        OSError: a config is missing.
+    """
+    vae, text_encoder, unet, projector = _ldm_models(folder, None)
+    teacher = with_weights(unet, unet.state_dict()).requires_grad_(False)  # the same memory
+    with torch.device("meta"):
+        add_lora(unet, lora_rank, lora_rank, targets=ADAPTED)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    student, side = Student(unet).train(), _side(folder, vae, resolution)
+    channels, sizes = vae.config["latent_channels"], projector.config
+    length = text_encoder.config.max_position_embeddings + sizes["num_image_tokens"] + sizes["num_text_tokens"]
+
+    def loss() -> torch.Tensor:
+        with torch.device("meta"):
+            latents = torch.empty(batch_size, channels, side, side)
+            timestep, condition = (
+                torch.empty(batch_size),
+                torch.empty(batch_size, length, sizes["cross_attention_dim"]),
+            )
+            with torch.no_grad():
+                stacked = torch.empty(3 * batch_size, 2 * channels, side, side)
+                teacher(stacked, timestep.repeat(3), condition.repeat(3, 1, 1))
+                aim = teacher(stacked[:batch_size], timestep, condition).sample  # instead of the average
+            return (student(latents, timestep, condition, latents) - aim).mean()
+
+    return step_memory(
+        student,
+        loss,
+        frozen=[teacher, vae, text_encoder, projector],
+        average=average,
+        mixed_precision=mixed_precision,
+    )
+
+
+def _ldm_models(folder: str | Path, vlm_sizes: tuple[int, int] | None) -> tuple[Any, Any, Any, LegoProjector]:
+    """VAE, text encoder, UNet and projector on the meta device."""
+    with torch.device("meta"):
+        vae = _from_config(AutoencoderKL, folder, "vae")
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
+        unet = _from_config(UNet2DConditionModel, folder, "unet")
+        if unet.config["in_channels"] == vae.config["latent_channels"]:
+            widen_input(unet, 2 * vae.config["latent_channels"])
+        return vae, text_encoder, unet, _projector(folder, unet.config["cross_attention_dim"], vlm_sizes)
+
+
+def _side(folder: str | Path, vae: Any, resolution: int | None) -> int:
+    """Of the latents, in cells."""
+    return (resolution or _resolution(folder)) // 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def _from_config(kind: Any, folder: str | Path, component: str) -> Any:
