@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make demo` and `make test` set themselves up in .venv; once that is done, nothing
-# here needs the network, root, a display or a GPU (but `make test-slow`, which installs the wheel afresh, and
-# `make test-comfy`, which fetches ComfyUI and, where root can, Chromium).
+# here needs the network, root, a display or a GPU (but `make test-slow`, which installs the wheel afresh and fetches
+# ComfyUI and, where root can, Chromium; what can't be had is skipped with the reason).
 #
 #   PYTHON=/path/to/python3.12   interpreter that makes .venv (default: the first of python3.13, 3.12, 3.11, python3
 #                                that is 3.11 or newer)
@@ -23,15 +23,17 @@ ARGS     ?=
 
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
+# With the oldest ComfyUI: its inner names, the nodes, the server. Not what needs the newest frontend or no ComfyUI.
+OLDEST   := $(foreach name,adapter nodes memory server workflows,tests/comfy/test_$(name).py) -k "not real and not twenty"
 EXTRAS   := dev,vision,kitchen
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-comfy test-gpu check format kitchen
+.PHONY: help demo test test-slow test-comfy comfy-pictures test-gpu check format kitchen kitchen-report
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## draw a contact sheet with the embedded checkpoint (demo.png)
 	@$(BIN)/python -m lego_pipeline.cli demo --output $(OUTPUT) --frames $(FRAMES) $(ARGS)
@@ -40,14 +42,19 @@ test: check ## check, then every test that needs neither minutes nor a GPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		-m "not slow and not gpu" $(ARGS)
 
-test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts, kill loops
-	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10 $(ARGS)
+test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts, kill loops, ComfyUI
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/comfy --durations=10 $(ARGS)
+	@if $(MAKE) --no-print-directory $(COMFYUI)/.ready; then $(MAKE) --no-print-directory test-comfy; \
+		else $(BIN)/python -m pytest -m "slow and not gpu" tests/comfy; fi
 
-test-comfy: $(COMFYUI)/.ready ## the nodes in ComfyUI: the newest tree known and the oldest supported
-	@for tree in $${COMFYUI_PATH:-$(abspath $(COMFYUI))/ComfyUI $(abspath $(COMFYUI))/ComfyUI-oldest}; do \
-		echo "make: tests/comfy with $$tree"; \
-		COMFYUI_PATH="$$tree" LEGO_SCREENSHOTS="$(abspath $(COMFYUI))/screenshots/$$(basename "$$tree")" \
-			$(COMFYUI)/venv/bin/python -m pytest tests/comfy --durations=5 || exit 1; done
+test-comfy: $(COMFYUI)/.ready ## the nodes in ComfyUI: the newest tree known, and in short the oldest supported
+	COMFYUI_PATH=$${COMFYUI_PATH:-$(abspath $(COMFYUI))/ComfyUI} LEGO_SCREENSHOTS=$(abspath $(COMFYUI))/screenshots \
+		$(COMFYUI)/venv/bin/python -m pytest tests/comfy --durations=5
+	COMFYUI_PATH=$(abspath $(COMFYUI))/ComfyUI-oldest $(COMFYUI)/venv/bin/python -m pytest $(OLDEST) --durations=5
+
+comfy-pictures: $(COMFYUI)/.ready ## for a new embedded checkpoint: the workflows' thumbnails and docs/comfyui.jpg
+	for run in "workflows.py -k workflow_runs" "browser.py -k opened_and_run"; do LEGO_WRITE_PICTURES=1 \
+		COMFYUI_PATH=$(abspath $(COMFYUI))/ComfyUI $(COMFYUI)/venv/bin/python -m pytest tests/comfy/test_$$run || exit 1; done
 
 test-gpu: $(READY) ## what only a GPU shows
 	$(BIN)/python -m pytest -m gpu --durations=10 $(ARGS) || \
@@ -65,6 +72,9 @@ format: $(READY) ## rewrite the sources as `make check` wants them
 
 kitchen: $(READY) ## render and train it, run again to resume; `make kitchen ARGS=--export` replaces the checkpoint
 	$(BIN)/python -m examples.kitchen.train $(ARGS)
+
+kitchen-report: $(READY) ## every number and picture of the embedded checkpoint, and its model card
+	$(BIN)/python -m examples.kitchen.report $(ARGS)
 
 $(COMFYUI)/.ready: $(READY) tests/comfy/fetch_tree.py tests/comfy/requirements.txt
 	$(BIN)/python tests/comfy/fetch_tree.py $(COMFYUI)

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapter, condition, enhance, example, frames, load, sample
+from . import adapter, condition, curate, enhance, example, frames, load, sample
+from .packages import explained
 
 NODES: list[type[io.ComfyNode]] = [
     *load.NODES,
@@ -11,7 +12,10 @@ NODES: list[type[io.ComfyNode]] = [
     *frames.NODES,
     *condition.NODES,
     *sample.NODES,
+    *curate.NODES,
 ]
+for node in NODES:
+    node.execute = classmethod(explained(node.execute.__func__))
 
 
 class LegoExtension(ComfyExtension):

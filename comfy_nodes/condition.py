@@ -16,8 +16,8 @@ class LegoEncodeCondition(io.ComfyNode):
             node_id="LegoEncodeCondition",
             display_name="LEGO Encode Condition",
             category="LEGO/condition",
-            description="Puts text, VLM embeddings and the encoded frame together. The three outputs are the three "
-            "passes of LEGO's guidance: connect them to LEGO Guidance, or to cond1, cond2 and negative of "
+            description="Puts text, VLM embeddings and the encoded frame together. The first three outputs are the "
+            "three passes of LEGO's guidance: connect them to LEGO Guidance, or to cond1, cond2 and negative of "
             "DualCFGGuider with style regular.",
             search_aliases=["conditioning", "lego"],
             inputs=[

@@ -1,5 +1,6 @@
 """Nodes around the visual LLM: describe an action in a frame, embed an edited description, keep both on disk."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def enhanced(vlm: adapter.VlmHandle, image: torch.Tensor, num_tokens: int, **arg
     """Runs `LegoPipeline.enhance` with progress and cancel."""
     frames = to_frames(image)
     counts = [len(value) for value in (arguments.get("action"), arguments.get("description"), frames) if value]
-    pipe = vlm.on_device(max(counts))
+    vlm_id, pipe = vlm.vlm_id(), vlm.on_device(max(counts))
     with adapter.watched(pipe.vlm, num_tokens + 1):
-        return shown(pipe.enhance(frames, **arguments))
+        return shown([replace(item, vlm_id=vlm_id) for item in pipe.enhance(frames, **arguments)])
 
 
 def shown(enhancements: list[Any]) -> io.NodeOutput:
@@ -59,8 +60,7 @@ class LegoEnhancePrompt(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=True,
-                    tooltip="Of the sampled description. The same seed in Python, "
-                    "`generator=torch.Generator().manual_seed(seed)`, gives the same description.",
+                    tooltip="Of the sampled description; a script with a generator of this seed gets the same.",
                 ),
             ],
             outputs=outputs(),

@@ -1,4 +1,4 @@
-"""Nodes for pictures: encode a frame at the model's size, bring results back to the frame's size, compare."""
+"""Nodes for pictures: encode a frame, bring results back to its size, keep what the action left alone, compare."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from lego_pipeline import contact_sheet, images
+from lego_pipeline import contact_sheet, images, scene
 
 from . import adapter
 from .load import LegoPipelineType
@@ -116,6 +116,74 @@ class LegoRestoreSize(io.ComfyNode):
         return io.NodeOutput(resized.movedim(1, -1).contiguous())
 
 
+class LegoKeepScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LegoKeepScene",
+            display_name="LEGO Keep Scene",
+            category="LEGO/image",
+            description="Shows the frame's own pixels where the action changed nothing, so that the rest of the scene "
+            "stays as sharp as it was. What is new is seen from the latents; the border between both is soft.",
+            search_aliases=["composite", "sharp background", "lego"],
+            inputs=[
+                io.Image.Input("image", tooltip="Generated pictures, after LEGO Restore Size."),
+                io.Image.Input("frame", tooltip="The frame that went into LEGO Encode Frame."),
+                io.Latent.Input("samples", tooltip="The latents that the pictures were decoded from."),
+                io.Latent.Input("image_latent", tooltip="The encoded frame, from LEGO Encode Frame."),
+                io.Float.Input(
+                    "low",
+                    default=0.3,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Up to this change of the latents the frame is kept. 1 is the spread of the frame's own "
+                    "latents.",
+                ),
+                io.Float.Input(
+                    "high",
+                    default=0.6,
+                    min=0.05,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="From this change on the generated picture is shown; between the two they are mixed.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The pictures with the frame's own pixels around what is new.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: torch.Tensor, frame: torch.Tensor, samples: dict, image_latent: dict, low: float, high: float
+    ) -> io.NodeOutput:
+        pictures, frames, latents, own = (
+            to_frames(image),
+            to_frames(frame),
+            samples["samples"],
+            image_latent["samples"],
+        )
+        count = len(pictures)
+        if low >= high:
+            raise ValueError(f"`low` must be less than `high` ({high}), got {low}; 0.3 and 0.6 suit most frames.")
+        if latents.shape[1:] != own.shape[1:]:
+            raise ValueError(
+                f"`image_latent` must be of the size of `samples` {tuple(latents.shape[1:])}, got "
+                f"{tuple(own.shape[1:])}; connect the LEGO Encode Frame that the sampler's latents came from."
+            )
+        for name, number in (("samples", len(latents)), ("frame", len(frames)), ("image_latent", len(own))):
+            if number != count and (number != 1 or name == "samples"):
+                raise ValueError(
+                    f"`{name}` must be as many as the pictures ({count}), got {number}; connect what they come from."
+                )
+        shares = scene.changed_share(latents, own.expand_as(latents), (low, high))
+        kept = []
+        for i in range(count):
+            picture = torch.as_tensor(pictures[i])
+            original = images.to_model_input(frames[i if len(frames) > 1 else 0], *picture.shape[-2:]) / 2 + 0.5
+            kept.append(scene.keep_scene_pixels(picture, original, shares[i]))
+        return io.NodeOutput(torch.stack(kept).movedim(1, -1).contiguous())
+
+
 class LegoCompareGrid(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -200,4 +268,4 @@ def _line(lines: list[str], number: int) -> str:
     return lines[number] if number < len(lines) else ""
 
 
-NODES = [LegoEncodeFrame, LegoRestoreSize, LegoCompareGrid]
+NODES = [LegoEncodeFrame, LegoRestoreSize, LegoKeepScene, LegoCompareGrid]

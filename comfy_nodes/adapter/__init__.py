@@ -21,17 +21,20 @@ from .checkpoint import (
 )
 from .folders import (
     EMBEDDED,
+    annotation_files,
     cache_folders,
     cache_to_write,
     folder_of,
     lora_folders,
+    pairs_to_write,
     pipeline_folders,
     register_folder,
     state_of,
+    video_folders,
     vlm_folders,
 )
 from .model import two_scale_guider
-from .runtime import step_callback, watched
+from .runtime import progress, step_callback, stop_if_asked, watched
 from .vae import encode, pixels_per_cell
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "PipelineHandle",
     "VlmHandle",
     "add_lora",
+    "annotation_files",
     "cache_folders",
     "cache_to_write",
     "encode",
@@ -49,12 +53,16 @@ __all__ = [
     "load_pipeline",
     "load_vlm",
     "lora_folders",
+    "pairs_to_write",
     "pipeline_folders",
     "pixels_per_cell",
+    "progress",
     "register_folder",
     "state_of",
     "step_callback",
+    "stop_if_asked",
     "two_scale_guider",
+    "video_folders",
     "vlm_folders",
     "watched",
     "without_models",

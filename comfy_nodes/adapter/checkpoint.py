@@ -60,6 +60,8 @@ class PipelineHandle:
         from lego_pipeline import LegoPipeline
 
         if self._whole is None:
+            if self.loras:
+                import peft  # noqa: F401  # without it diffusers' message names no package
             with torch.inference_mode(False):
                 pipe = LegoPipeline.from_pretrained(self.folder, vlm=None, vlm_processor=None)
                 for folder, strength in self.loras:
@@ -90,6 +92,12 @@ class VlmHandle:
     name: str
     pipe: "LegoPipeline"
     patcher: Any
+
+    def vlm_id(self) -> str | None:
+        """Of `lego_pipeline.enhance.vlm_id`, by which a checkpoint knows whether it was trained with this VLM."""
+        from lego_pipeline.enhance import vlm_id
+
+        return vlm_id(self.pipe.vlm, self.pipe.vlm_processor)
 
     def on_device(self, num_samples: int) -> "LegoPipeline":
         """The pipeline with its VLM brought to its device, with room for the keys and values of some samples."""
@@ -243,7 +251,7 @@ def encode_condition(
             )
         condition = projector(encode_text(clip, texts or []).to(device))
     else:
-        checks.check_enhancements(enhancements, projector.config["num_image_tokens"], projector.config["vlm_dim"])
+        checks.check_enhancements(enhancements, projector.config)
         moved = [item.to(device, torch.float32) for item in enhancements]
         checks.warn_of_unknown_frames(handle.config["frame_statistics"], moved)
         prompt_embeds = encode_text(clip, [item.description for item in moved]).to(device)
@@ -260,7 +268,7 @@ def enhance_then_return(vlm: VlmHandle, handle: PipelineHandle) -> Callable[...,
         with watched(pipe.vlm, pipe.config["max_new_tokens"] + 1):
             enhancement = pipe.enhance(frame, action, generator=generator)[0].to("cpu")
         handle.pipeline()
-        return enhancement
+        return replace(enhancement, vlm_id=vlm.vlm_id())
 
     return enhance
 

@@ -10,6 +10,8 @@ from lego_pipeline.checkpoints import KITCHEN
 EMBEDDED = "kitchen (embedded)"
 FOLDER_NAME = "lego"
 CACHE_FOLDER = "lego_enhancements"  # below ComfyUI's output and input folders
+PAIRS_FOLDER = "lego_pairs"  # below ComfyUI's output folder
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 LORA_FILE = "comfyui.safetensors"  # as `lego_pipeline.lora.export_lora` names it
 
 
@@ -58,14 +60,52 @@ def cache_to_write(name: str) -> Path:
     Raises:
         ValueError: the name would leave that folder.
     """
-    root = Path(folder_paths.get_output_directory(), CACHE_FOLDER).resolve()
+    return _folder_to_write(name, "cache", CACHE_FOLDER)
+
+
+def pairs_to_write(name: str) -> Path:
+    """The folder below the output folder of curated pairs of this name.
+
+    Raises:
+        ValueError: the name would leave that folder.
+    """
+    return _folder_to_write(name, "name", PAIRS_FOLDER)
+
+
+def _folder_to_write(name: str, kind: str, parent: str) -> Path:
+    root = Path(folder_paths.get_output_directory(), parent).resolve()
     folder = (root / name.strip()).resolve()
     if not name.strip() or folder.parent != root:
         raise ValueError(
-            f"`cache` must be the name of a folder, got {name!r}; it is made below output/{CACHE_FOLDER}, so write a "
+            f"`{kind}` must be the name of a folder, got {name!r}; it is made below output/{parent}, so write a "
             "plain name such as kitchen."
         )
     return folder
+
+
+def video_folders() -> dict[str, Path]:
+    """Folders with videos, the input folder and those below it, by the name that a node shows."""
+    root = Path(folder_paths.get_input_directory())
+    return {_shown(path, root): path for path, names in _walk(root) if any(_is_video(name) for name in names)}
+
+
+def annotation_files() -> dict[str, Path]:
+    """CSV and JSON files in the input folder and below it, by the name that a node shows."""
+    root = Path(folder_paths.get_input_directory())
+    found = [path / name for path, names in _walk(root) for name in names if name.lower().endswith((".csv", ".json"))]
+    return {_shown(path, root): path for path in found}
+
+
+def _walk(root: Path) -> list[tuple[Path, list[str]]]:
+    return sorted((Path(place), sorted(names)) for place, _, names in os.walk(root, followlinks=True))
+
+
+def _shown(path: Path, root: Path) -> str:
+    return (Path("input") / path.relative_to(root)).as_posix()
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def folder_of(name: str, folders: dict[str, Path], kind: str = "model") -> Path:
@@ -82,6 +122,8 @@ def folder_of(name: str, folders: dict[str, Path], kind: str = "model") -> Path:
             f"`{FOLDER_NAME}:` in extra_model_paths.yaml",
             "cache": "make one with LEGO Save Enhancement",
             "lora": f"put the `lora` folder of a training run into {roots}",
+            "videos": f"put a folder of videos into {folder_paths.get_input_directory()}",
+            "annotations": f"put a CSV or JSON file into {folder_paths.get_input_directory()}",
         }
         raise FileNotFoundError(
             f"`{kind}` must be one of those found ({known}), got {name!r}; {places[kind]}, and press R."

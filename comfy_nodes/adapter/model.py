@@ -177,7 +177,7 @@ def native_model(unet: Any, scheduler: Any, latents: Callable[[], Any], dtype: t
     """A diffusers UNet as ComfyUI's MODEL.
 
     Args:
-        unet: `UNet2DConditionModel`, weights are copied.
+        unet: `UNet2DConditionModel`; weights that are of the dtype are shared with it, the others copied.
         scheduler: config of the checkpoint's scheduler.
         latents: gives the latent format.
         dtype: of the weights.
@@ -202,18 +202,19 @@ def native_model(unet: Any, scheduler: Any, latents: Callable[[], Any], dtype: t
         raise ValueError(
             unfit("unet", "the weights of ComfyUI's class", f"{len(homeless)} others, {homeless[0]} first")
         )
-    native = {places[key]: weight for key, weight in weights.items()}
+    offload_device = management.unet_offload_device()
+    native = {places[key]: weight.to(offload_device, dtype) for key, weight in weights.items()}
     model_config = LegoConfig(config)
     load_device = management.get_torch_device()
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, load_device))
-    model = model_config.get_model(native, "", management.unet_offload_device())
+    model = model_config.get_model(native, "", offload_device)
     missing = sorted(model.diffusion_model.state_dict().keys() - native.keys())
     if missing:
         raise ValueError(unfit("unet", "all weights of ComfyUI's class", f"{len(missing)} fewer, {missing[0]} first"))
-    model.diffusion_model.load_state_dict(native)
+    model.diffusion_model.load_state_dict(native, assign=True)
     # Looked up at call time: on CUDA ComfyUI replaces this class when it starts.
     patcher_class = comfy.model_patcher.CoreModelPatcher
-    return patcher_class(model, load_device=load_device, offload_device=management.unet_offload_device())
+    return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 
 def _depth(kind: str, kinds: tuple[str, str]) -> int:

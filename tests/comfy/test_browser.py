@@ -1,6 +1,7 @@
 """The pack in ComfyUI's frontend, in a headless Chromium: templates, a run by the Run button, help pages, languages.
 
 Screenshots go to the folder that LEGO_SCREENSHOTS names (`make test-comfy`: .comfyui/screenshots), else to pytest's.
+`make comfy-pictures` writes the README's docs/comfyui.jpg from one.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -17,6 +19,7 @@ NAMES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 READY = "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.LegoLoadPipeline)"
 RUN_MILLISECONDS = 240_000
+GRAPH = (230, 240, 1690, 840)  # where the graph is on the screenshot, in pixels
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +87,9 @@ def test_a_template_is_opened_and_run(page: Any, screenshots: Path) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(2000)
     page.screenshot(path=screenshots / "workflow.png")
+    if os.environ.get("LEGO_WRITE_PICTURES"):
+        with PIL.Image.open(screenshots / "workflow.png") as shot:
+            shot.convert("RGB").crop(GRAPH).save(ROOT / "docs" / "comfyui.jpg", quality=88, optimize=True)
     assert (
         page.evaluate(
             "app.graph.nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types)).length"
@@ -95,8 +101,52 @@ def test_a_template_is_opened_and_run(page: Any, screenshots: Path) -> None:
     assert any("hand" in str(value) for value in text), text
 
 
+def test_a_preview_comes_and_cancel_stops_the_run(page: Any, screenshots: Path) -> None:
+    """At four times the checkpoint's side, so that there is time to look and to press the button."""
+    file = ROOT / "example_workflows" / "LEGO native sampling.json"
+    page.evaluate("async workflow => app.loadGraphData(workflow)", json.loads(file.read_text(encoding="utf-8")))
+    page.evaluate(
+        """() => {
+            const node = type => app.graph.nodes.find(node => node.type === type);
+            node("LegoEncodeFrame").widgets.find(widget => widget.name === "resolution").value = 512;
+            const scheduler = node("BasicScheduler");
+            scheduler.disconnectInput(scheduler.inputs.findIndex(input => input.name === "steps"));
+            scheduler.widgets.find(widget => widget.name === "steps").value = 500;
+            const id = node("SamplerCustomAdvanced").id;
+            window.seen = {steps: 0, previews: 0, interrupted: false, sampler: id};
+            app.api.addEventListener("progress", ({detail}) => {
+                if (detail.node == id) window.seen.steps = detail.value;
+            });
+            app.api.addEventListener("b_preview", () => { window.seen.previews += 1; });
+            app.api.addEventListener("execution_interrupted", () => { window.seen.interrupted = true; });
+        }"""
+    )
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("() => window.seen.steps >= 3 && window.seen.previews", timeout=RUN_MILLISECONDS)
+    shown = page.evaluate(
+        """async () => {
+            const [url] = app.nodePreviewImages[window.seen.sampler];
+            const image = new Image();
+            image.src = url;
+            await image.decode();
+            return [image.naturalWidth, image.naturalHeight];
+        }"""
+    )
+    assert min(shown) >= 32
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1500)
+    page.screenshot(path=screenshots / "preview.png")
+    cancel = page.get_by_role("button", name="Cancel current run")
+    before = page.evaluate("() => window.seen.steps")
+    with page.expect_response(lambda response: response.url.endswith("/interrupt")):
+        cancel.click()
+    sent = page.evaluate("() => window.seen.steps")
+    page.wait_for_function("() => window.seen.interrupted", timeout=RUN_MILLISECONDS)
+    assert 3 <= before and page.evaluate("() => window.seen.steps") <= sent + 1
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_as_it_was_saved(name: str, page: Any, server: Any, to_api: Any) -> None:
+def test_a_workflow_opens_as_it_was_saved(name: str, page: Any, server: Any, to_api: Any, screenshots: Path) -> None:
     workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     opened = page.evaluate(
         "async workflow => { await app.loadGraphData(workflow); return (await app.graphToPrompt()).output }", workflow
@@ -108,6 +158,9 @@ def test_a_workflow_opens_as_it_was_saved(name: str, page: Any, server: Any, to_
         )
         == 0
     )
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=screenshots / f"{name}.png")
     expected = to_api(workflow, server.get("/object_info"))
     assert {key: (node["class_type"], node["inputs"]) for key, node in opened.items()} == {
         key: (node["class_type"], node["inputs"]) for key, node in expected.items()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lego_pipeline import images
 from lego_pipeline.checkpoints import FRAMES, KITCHEN
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.export import note_vlm
 from lego_pipeline.lora import add_lora, export_lora, merge_lora
 from lego_pipeline.pipeline_lego import LegoPipeline
 from lego_pipeline.scheduler import LegoEulerAncestralScheduler
@@ -170,6 +171,7 @@ def test_the_whole_graph_gives_the_pipelines_picture(
         guidance_scale=1.5,
         image_guidance_scale=1.2,
         output_type="pt",
+        keep_scene=False,  # that is LegoKeepScene's part
     ).images
     assert picture.shape == large.shape
     assert (picture.movedim(-1, 1) - expected).abs().max() < 2e-3
@@ -241,6 +243,48 @@ def test_a_storyboard_is_the_librarys(
     )
     expected = image_of(*(panel.image for panel in panels))
     assert (pictures - expected).abs().max() < 3 / 255
+
+
+def test_the_scene_is_kept_as_the_pipeline_keeps_it(
+    run_node: Run, loaded: tuple[Any, ...], frame: torch.Tensor, kitchen: LegoPipeline, row: dict[str, Any]
+) -> None:
+    _, _, vae, handle, *_ = loaded
+    target = image_of(row["image_1"])
+    _, own, size = run_node("LegoEncodeFrame", lego_pipeline=handle, vae=vae, image=frame, resolution=0)
+    _, samples, _ = run_node("LegoEncodeFrame", lego_pipeline=handle, vae=vae, image=target, resolution=0)
+    with torch.inference_mode():
+        decoded = vae.decode(samples["samples"])
+    restored = run_node("LegoRestoreSize", image=decoded, lego_size=size)[0]
+    given = {"image": restored, "frame": frame, "samples": samples, "image_latent": own}
+    picture = run_node("LegoKeepScene", **given, low=0.3, high=0.6)[0]
+    with torch.no_grad():
+        expected = kitchen.decode(
+            samples["samples"] * kitchen.vae.config.scaling_factor,
+            "pt",
+            [(frame.shape[1], frame.shape[2])],
+            [frame[0].movedim(-1, 0)],
+            own["samples"],
+            (0.3, 0.6),
+        )
+    assert (picture.movedim(-1, 1) - expected).abs().max() < 1e-3
+    kept = (picture == frame).all(-1).float().mean()
+    assert 0.05 < kept < 1  # of the pixels: some of the scene stays, the hands are new
+    batch = {"image": restored.expand(2, -1, -1, -1), "samples": {"samples": samples["samples"].expand(2, -1, -1, -1)}}
+    both = run_node("LegoKeepScene", **(given | batch), low=0.3, high=0.6)[0]
+    assert torch.allclose(both, picture.expand(2, -1, -1, -1))
+
+
+def test_what_does_not_belong_together_keeps_no_scene(run_node: Run, frame: torch.Tensor) -> None:
+    latent, other = {"samples": torch.zeros(1, 48, 8, 8)}, {"samples": torch.zeros(1, 48, 9, 8)}
+    given = {"image": frame, "frame": frame, "samples": latent, "image_latent": latent, "low": 0.3, "high": 0.6}
+    for changes, message in (
+        ({"low": 0.7}, "`low` must be less than `high` .0.6., got 0.7"),
+        ({"image_latent": other}, "`image_latent` must be of the size of `samples`"),
+        ({"image": frame.expand(3, -1, -1, -1)}, "`samples` must be as many as the pictures .3., got 1"),
+        ({"frame": frame.expand(2, -1, -1, -1)}, "`frame` must be as many as the pictures .1., got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_node("LegoKeepScene", **(given | changes))
 
 
 def test_the_grid_has_a_card_for_each_picture(run_node: Run, frame: torch.Tensor) -> None:
@@ -540,6 +584,39 @@ def test_an_enhancement_of_another_model_is_refused(run_node: Run, loaded: tuple
         run_node(
             "LegoEncodeCondition", lego_pipeline=loaded[3], clip=loaded[1], image_latent=latent, lego_enhancement=other
         )
+
+
+def test_an_enhancement_of_another_vlm_of_the_same_sizes_is_refused(
+    run_node: Run, own_folder: Path, comfyui: Path, frame: torch.Tensor
+) -> None:
+    """By the weights: of two VLMs that differ in one weight, in an enhancement made now and in a saved one."""
+    note_vlm(own_folder)
+    folder = comfyui / "models" / "lego" / "other"
+    shutil.copytree(own_folder / "vlm", folder)
+    for path in (own_folder / "vlm_processor").iterdir():
+        shutil.copy(path, folder)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, clip, _, handle, *_ = run_node("LegoLoadPipeline", model="own/kitchen", dtype="auto")
+    latent = {"samples": torch.zeros(1, 48, 8, 8)}
+    given = {"lego_pipeline": handle, "clip": clip, "image_latent": latent}
+    try:
+        for name in ("own/kitchen", "other"):
+            [vlm] = run_node("LegoLoadVlm", model=name, dtype="auto")
+            asked = {"image": frame, "action": "open drawer"}
+            described, _ = run_node("LegoEnhancePrompt", lego_vlm=vlm, seed=0, **asked)
+            cache = name.replace("/", "-")
+            run_node("LegoSaveEnhancement", lego_vlm=vlm, cache=cache, **asked)
+            saved, _ = run_node("LegoLoadEnhancement", cache=f"output/{cache}", **asked)
+            for enhancement in (described, saved):
+                if name == "other":
+                    with pytest.raises(ValueError, match="of another VLM of the same size"):
+                        run_node("LegoEncodeCondition", lego_enhancement=enhancement, **given)
+                else:
+                    run_node("LegoEncodeCondition", lego_enhancement=enhancement, **given)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_text_beside_an_enhancement_is_refused(

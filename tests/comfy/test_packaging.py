@@ -1,6 +1,7 @@
 """The pack as the node registry and ComfyUI's users get it: metadata, requirements, archive, languages, import."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -137,7 +138,7 @@ def test_every_node_has_a_help_page(node_id: str, language: str) -> None:
     page = file.read_text(encoding="utf-8")
     assert page.startswith(f"# {texts['display_name']}\n") and texts["description"] in page
     for entry in (*texts["inputs"].values(), *texts["outputs"].values()):
-        assert f"| `{entry['name']}` |" in page and entry["tooltip"] in page
+        assert f"- **`{entry['name']}`** (" in page and entry["tooltip"] in page
 
 
 def test_no_help_page_is_left_of_a_node_that_is_gone() -> None:
@@ -157,11 +158,16 @@ def test_the_pack_is_imported_quickly(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("datasets",), ("diffusers", "accelerate", "tyro", "peft")])
-def test_nodes_load_without_a_package_and_say_what_is_missing(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_without_a_package_the_other_nodes_work_and_the_message_brings_it(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
     run = """
+import torch
 by_id = {node.GET_SCHEMA().node_id: node for node in found}
 frame = ("LegoLoadFrame", {"number": 0})
 vlm = ("LegoLoadVlm", {"model": "kitchen (embedded)", "dtype": "auto"})
+grid = by_id["LegoCompareGrid"].execute(image_1=torch.zeros(1, 32, 32, 3))
+print("GRID", grid.result[0].shape[-1])
 node, inputs = {"datasets": frame, "diffusers": vlm}[NAME]
 try:
     by_id[node].execute(**inputs)
@@ -169,8 +175,26 @@ except ImportError as error:
     print("MESSAGE", error)
 """.replace("NAME", repr(names[0]))
     said = load_pack(tmp_path, before=HIDE.format(names=names), after=run)
-    assert f"NODES {len(CONTRACT)}" in said
-    assert names[0] in said.split("MESSAGE")[1]
+    assert f"NODES {len(CONTRACT)}" in said and "GRID 3" in said
+    line = next(line for line in project()["project"]["dependencies"] if line.startswith(names[0]))
+    assert f"MESSAGE `{names[0]}` must be installed for this node" in said
+    assert f'run "{sys.executable}" -m pip install "{line}" and start ComfyUI again' in said
+
+
+@pytest.mark.parametrize(("name", "line"), [("peft", "peft>=0.18"), ("huggingface_hub", "huggingface_hub>=1.32")])
+def test_the_line_for_a_package_has_the_projects_bound(name: str, line: str) -> None:
+    source = importlib.util.spec_from_file_location("packages", ROOT / "comfy_nodes" / "packages.py")
+    assert source is not None and source.loader is not None
+    packages = importlib.util.module_from_spec(source)
+    source.loader.exec_module(packages)
+
+    def missing() -> None:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=f"{name}.inner")
+
+    with pytest.raises(ImportError, match=re.escape(f'pip install "{line}" and')):
+        packages.explained(missing)()
+    with pytest.raises(ModuleNotFoundError, match="No module named 'nothing_of_ours'"):
+        packages.explained(lambda: importlib.import_module("nothing_of_ours"))()
 
 
 def needed_by(requirements: list[Requirement]) -> set[str]:

@@ -1,14 +1,21 @@
 """The pack in a real ComfyUI server on the CPU, through HTTP: a whole graph, errors on nodes, cancel, free."""
 
+import asyncio
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+from transformers import AutoConfig, LlavaForConditionalGeneration
+
+from lego_pipeline.checkpoints import KITCHEN
 
 pytestmark = pytest.mark.slow
+
+VLM_WIDTH = 64 * 512  # of the feed-forward layers, 64 times the embedded VLM's: some 300 MB
 
 
 def error_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -105,15 +112,59 @@ def test_large_pictures_and_pictures_with_alpha_run(server: Any) -> None:
     assert entry["status"]["status_str"] == "success", entry["status"]
 
 
-def test_cancel_ends_a_run(server: Any) -> None:
-    prompt_id = server.start(graph(steps=900, noise={"noise_seed": 5}))
-    time.sleep(3)
-    server.post("/interrupt", {"prompt_id": prompt_id})
-    status = server.finish(prompt_id)["status"]
-    assert any(name == "execution_interrupted" for name, _ in status["messages"]), status
+async def cancelled(server: Any, content: dict[str, Any], after: int) -> int:
+    """Steps that a run has done when it ends, which is cancelled when it has done some."""
+    import aiohttp
+
+    done = 0
+    async with (
+        asyncio.timeout(240),
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{server.url.replace('http', 'ws')}/ws?clientId=cancel", max_msg_size=0) as socket,
+    ):
+        prompt_id = server.start(content, "cancel")
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.BINARY:  # a preview
+                continue
+            said = json.loads(message.data)
+            assert said["type"] not in ("execution_success", "execution_error"), said
+            if said["type"] == "execution_interrupted":
+                break
+            if said["type"] == "progress" and said["data"]["node"] == "sample":
+                done = said["data"]["value"]
+                if done == after:
+                    server.post("/interrupt", {"prompt_id": prompt_id})
+    return done
 
 
-def test_free_unloads_and_the_next_run_works(server: Any) -> None:
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)
+def test_cancel_ends_a_run_within_one_step(server: Any) -> None:
+    """At four times the checkpoint's side, so that a step takes longer than a message."""
+    slow = graph(steps=900, noise={"noise_seed": 5}, frame={"resolution": 512})
+    assert asyncio.run(cancelled(server, slow, after=2)) in (2, 3)
     assert server.run(graph())["status"]["status_str"] == "success"
+
+
+def test_free_gives_the_vlms_memory_back(server: Any) -> None:
+    """With a VLM large enough to be seen in the memory of the server's process."""
+    psutil = pytest.importorskip("psutil")
+    config = AutoConfig.from_pretrained(KITCHEN / "vlm")
+    config.text_config.intermediate_size = VLM_WIDTH
+    folder = server.base / "models" / "lego" / "large"
+    vlm = LlavaForConditionalGeneration(config)
+    size = sum(weight.numel() * weight.element_size() for weight in vlm.parameters())
+    vlm.save_pretrained(folder)
+    for path in (KITCHEN / "vlm_processor").iterdir():
+        shutil.copy(path, folder)
+    asked = graph(vlm={"model": "large"}) | {
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["enhance", 1]}, "_meta": {"title": "show"}}
+    }
+    asked = {name: asked[name] for name in ("image", "vlm", "enhance", "show")}
+    process = psutil.Process(server.process.pid)
+    assert server.run(asked)["status"]["status_str"] == "success"
+    loaded = process.memory_info().rss
+    for _ in range(10):  # ComfyUI overlooks what comes while it tidies up after a run
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1)
+    assert loaded - process.memory_info().rss >= 0.9 * size, (loaded, process.memory_info().rss, size)
+    assert server.run(asked)["status"]["status_str"] == "success"
+    shutil.rmtree(folder)

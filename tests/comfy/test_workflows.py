@@ -1,6 +1,6 @@
 """The example workflows: their files, and each of them run by the real server through HTTP and websocket.
 
-`LEGO_WRITE_THUMBNAILS=1` writes the thumbnails anew from what the runs give, for a new embedded checkpoint.
+`make comfy-pictures` writes the thumbnails anew from what the runs give, for a new embedded checkpoint.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 CONTRACT = json.loads((ROOT / "tests" / "comfy" / "contract.json").read_text(encoding="utf-8"))
-WRITE_THUMBNAILS = bool(os.environ.get("LEGO_WRITE_THUMBNAILS"))
+WRITE_THUMBNAILS = bool(os.environ.get("LEGO_WRITE_PICTURES"))
 NOTES = ("MarkdownNote", "Note")
 RUN_SECONDS = 240
 ToApi = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -60,8 +60,8 @@ async def watch(server: Any, graph: dict[str, Any]) -> tuple[str, list[dict[str,
 def test_there_is_a_workflow_for_each_use() -> None:
     used = {path.stem: {node["type"] for node in read(path)["nodes"]} for path in WORKFLOWS}
     assert len(used) == 6
-    # The LoRA node alone needs files that aren't there for everybody.
-    assert set().union(*used.values()) >= set(CONTRACT) - {"LegoLoadLora"}
+    # These need files that aren't there for everybody.
+    assert set().union(*used.values()) >= set(CONTRACT) - {"LegoLoadLora", "LegoCuratePairs"}
     assert any("DualCFGGuider" in types for types in used.values())
 
 
