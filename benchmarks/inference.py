@@ -126,6 +126,7 @@ def to_tensor(frame: PIL.Image.Image, side: int) -> torch.Tensor:
 def checkpoint_request(model: Path, device: str) -> Request:
     """The first embedded pair's frame and description for a checkpoint, loaded without its VLM."""
     pipe = LegoPipeline.from_pretrained(model, vlm=None, vlm_processor=None).to(device)
+    pipe.register_to_config(keep_scene=False)  # as diffusers' pipeline, which decodes everything
     pipe.set_progress_bar_config(disable=True)
     row = read_manifest(FRAMES)[0]
     return make_request(pipe, row["image_0"], row["description"], model.name)

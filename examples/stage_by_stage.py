@@ -59,8 +59,14 @@ def main(output: Path = Path("stage_by_stage.png"), row: int = 0, steps: int | N
     )
     print(f"denoise           {shape(noise)} -> {shape(latents)}")
 
-    # 5. decode: back to pixels, at the size of the frame that came in.
-    [picture] = pipeline.decode(latents, sizes=[frame_size(frame)])
+    # 5. decode: back to pixels, at the size of the frame that came in, whose own pixels stay where nothing changed.
+    [picture] = pipeline.decode(
+        latents,
+        sizes=[frame_size(frame)],
+        frames=[frame],
+        image_latents=image_latents,
+        thresholds=pipeline.config.keep_scene or None,
+    )
     picture.save(output)
     print(f"decode            {picture.width}x{picture.height} pixels -> {output}")
 

@@ -30,6 +30,7 @@ def check_call(
     guidance_scale: Any,
     image_guidance_scale: Any,
     guidance_interval: Any,
+    keep_scene: Any,
     negative_prompt: Any,
     num_images_per_prompt: Any,
     generator: Any,
@@ -73,6 +74,7 @@ def check_call(
     check_count("num_inference_steps", num_inference_steps)
     check_count("num_images_per_prompt", num_images_per_prompt)
     check_interval("guidance_interval", guidance_interval)
+    check_keep_scene(keep_scene)
     check_choice("output_size", output_size, OUTPUT_SIZES)
     check_choice("output_type", output_type, images.OUTPUT_TYPES)
     for name in callback_on_step_end_tensor_inputs:
@@ -87,7 +89,7 @@ def check_call(
                 )
 
     # Tensors
-    check_enhancements(enhancement, pipe.projector.config.num_image_tokens, pipe.projector.config.vlm_dim)
+    check_enhancements(enhancement, pipe.projector.config)
     for name, value in {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}.items():
         if value is not None:
             shape = ("B", "L", pipe.unet.config.cross_attention_dim)
@@ -264,6 +266,19 @@ def check_interval(name: str, value: Any) -> None:
         )
 
 
+def check_keep_scene(value: Any) -> None:
+    """Raises unless `value` is False or two thresholds, 0 <= first < second."""
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if value is False or (
+        is_pair and all(isinstance(part, (int, float)) for part in value) and 0 <= value[0] < value[1]
+    ):
+        return
+    raise ValueError(
+        f"`keep_scene` must be two thresholds of change, 0 <= first < second, or False, got {value!r}; "
+        "the embedded checkpoint has (0.3, 0.6)."
+    )
+
+
 def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str) -> None:
     """Raises unless `value` is a finite floating point tensor of the shape.
 
@@ -300,8 +315,13 @@ def check_generator(generator: Any, count: int) -> None:
         )
 
 
-def check_enhancements(enhancements: Any, num_image_tokens: int, vlm_dim: int) -> None:
-    """Raises unless `enhancements` is None, an `Enhancement` or a list of them that fit the projector."""
+def check_enhancements(enhancements: Any, projector: Any) -> None:
+    """Raises unless `enhancements` is None, an `Enhancement` or a list of them that fit a projector.
+
+    Args:
+        projector: config of a `LegoProjector`. Where it and an enhancement both know their VLM, it has to be one and
+            the same; otherwise only the sizes are compared.
+    """
     for item in as_list(enhancements) or []:
         if not isinstance(item, Enhancement):
             raise TypeError(
@@ -309,8 +329,14 @@ def check_enhancements(enhancements: Any, num_image_tokens: int, vlm_dim: int) -
                 "make one with `pipe.enhance` or `Enhancement.load`."
             )
         advice = "use the VLM that this checkpoint was trained with"
-        check_tensor("enhancement.image_embeds", item.image_embeds, (num_image_tokens, vlm_dim), advice)
-        check_tensor("enhancement.text_embeds", item.text_embeds, ("T", vlm_dim), advice)
+        shape = (projector["num_image_tokens"], projector["vlm_dim"])
+        check_tensor("enhancement.image_embeds", item.image_embeds, shape, advice)
+        check_tensor("enhancement.text_embeds", item.text_embeds, ("T", projector["vlm_dim"]), advice)
+        if None not in (item.vlm_id, projector["vlm_id"]) and item.vlm_id != projector["vlm_id"]:
+            raise ValueError(
+                f"`enhancement` must be of the VLM that this checkpoint was trained with ({projector['vlm_id']}), got "
+                f"one of another VLM of the same size ({item.vlm_id}); {advice}."
+            )
 
 
 def _fits(size: int, expected: int | str) -> bool:

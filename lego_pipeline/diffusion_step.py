@@ -21,6 +21,8 @@ from lego_pipeline.pipeline_lego import LegoPipeline
 from lego_pipeline.training import seed_of
 from lego_pipeline.vlm import Enhancement
 
+IMAGE, TEXT = ("image_embeds", ("image_projection",)), ("text_embeds", ("text_projection", "text_mixer"))
+VLM_PARTS = {"both": (IMAGE, TEXT), "image": (IMAGE,), "text": (TEXT,), "none": ()}  # what is used: tensor, modules
 SAMPLING = ("question_template", "max_new_tokens", "temperature", "top_k")  # in a pipeline's config and in a recipe
 
 
@@ -30,22 +32,31 @@ class Denoiser(nn.Module):
     Args:
         unet, projector: of the pipeline.
         dropout: share of samples that lose the text condition, both conditions, or the image condition, each.
+        vlm_parts: key of VLM_PARTS; the other part is zeros, for ablations, and its projection is not trained.
     """
 
-    def __init__(self, unet: nn.Module, projector: nn.Module, dropout: float):
+    def __init__(self, unet: nn.Module, projector: nn.Module, dropout: float, vlm_parts: str = "both"):
         super().__init__()
         self.unet, self.projector, self.dropout = unet, projector, dropout
+        used = VLM_PARTS[vlm_parts]
+        self.embeds = [name for name, _ in used]
+        for part in VLM_PARTS["both"]:
+            for name in part[1] if part not in used else ():
+                projector.get_submodule(name).requires_grad_(False)  # weights without a gradient stop DDP
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Prediction (B, c, h, w) from what `Inputs` gives."""
-        prompt = batch["prompt_embeds"]
-        condition = self.projector(prompt, batch.get("image_embeds"), batch.get("text_embeds"))
-        vlm_part = torch.arange(condition.shape[1], device=condition.device) >= prompt.shape[1]
-        condition = condition.masked_fill(batch["no_vlm"][:, None, None] & vlm_part[None, :, None], 0)
         condition, image_latents = drop_conditions(
-            condition, batch["null_condition"], batch["image_latents"], batch["drop"], self.dropout
+            self.condition(batch), batch["null_condition"], batch["image_latents"], batch["drop"], self.dropout
         )
         return self.unet(torch.cat([batch["noisy"], image_latents], 1), batch["timestep"], condition).sample
+
+    def condition(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Condition (B, L, C) before any dropout; without the VLM's parts where a sample has none."""
+        prompt = batch["prompt_embeds"]
+        condition = self.projector(prompt, **{name: batch[name] for name in self.embeds if name in batch})
+        vlm_part = torch.arange(condition.shape[1], device=condition.device) >= prompt.shape[1]
+        return condition.masked_fill(batch["no_vlm"][:, None, None] & vlm_part[None, :, None], 0)
 
 
 class Inputs:

@@ -151,33 +151,64 @@ def make_recipe(vlm: Any, processor: Any, **settings: Any) -> Recipe:
         vlm: with or without adapters of peft.
         processor: of the VLM.
         **settings: fields of `Recipe` that are no keys: question_template, max_new_tokens, temperature, ...
+
+    Raises:
+        ValueError: the VLM's projector is quantized, which a cache couldn't keep.
     """
     family = family_of(vlm)
+    if not all(weight.is_floating_point() for weight in family.connector(vlm).parameters()):
+        raise ValueError(
+            "`vlm` must have a projector of floats where there is a cache, got a quantized one; load it with "
+            "`lego_pipeline.vlm.tuning.load_in_4_bits`, which quantizes the language model only, or use no cache."
+        )
     num_image_tokens, dim = family.sizes(vlm, processor)
-    weights = _keys_of_weights(vlm)
-    config = _config(base_model(vlm).config)
-    image_settings = _meaning(processor.image_processor.to_dict())
+    weights = _keys_of_weights(vlm, "vlm", "vision", "connector")
+    facts = _facts(vlm, processor)
+    vision = {name: value for name, value in facts["config"].items() if name != "text_config"}
+    return Recipe(
+        family=base_model(vlm).config.model_type,
+        vlm_key=content_key(weights["vlm"], facts),
+        vision_key=content_key(weights["vision"], vision, facts["images"]),
+        connector_key=content_key(weights["connector"], family.connector_settings(vlm)),
+        num_image_tokens=num_image_tokens,
+        vlm_dim=dim,
+        vlm_id=vlm_id(vlm, processor),
+        **settings,
+    )
+
+
+def vlm_id(vlm: Any, processor: Any) -> str | None:
+    """32 hex digits for a VLM: its weights, settings, vocabulary and chat template, whatever it computes in.
+
+    A checkpoint keeps the id of the VLM that it was trained with, an enhancement that of the VLM that made it. Weights
+    count by their values as bfloat16, so that a VLM has one id in single precision and in bfloat16. Half precision,
+    quantization and adapters that aren't merged change the values otherwise, and such a VLM has no id.
+
+    Args:
+        vlm: with its processor; hashed once, see `make_recipe`.
+
+    Returns:
+        The id, or None.
+    """
+    is_plain = all(weight.dtype in (torch.float32, torch.bfloat16) for weight in vlm.parameters())
+    if not is_plain or getattr(vlm, "peft_config", None):
+        return None
+    return content_key(_keys_of_weights(vlm, "rounded")["rounded"], _facts(vlm, processor))
+
+
+def _facts(vlm: Any, processor: Any) -> dict[str, Any]:
+    """What a VLM's answers depend on beside its weights and the question."""
     tokenizer = processor.tokenizer
-    language = {
-        "config": config,
+    return {
+        "config": _config(base_model(vlm).config),
         "generation": _meaning(base_model(vlm).generation_config.to_diff_dict()),
         "adapters": {name: _meaning(adapter.to_dict()) for name, adapter in getattr(vlm, "peft_config", {}).items()},
         "active": list(getattr(vlm, "active_adapters", [])) if hasattr(vlm, "peft_config") else [],
-        "images": image_settings,
+        "images": _meaning(processor.image_processor.to_dict()),
         "template": processor.chat_template or tokenizer.chat_template,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "end": tokenizer.eos_token_id,
     }
-    vision = {name: value for name, value in config.items() if name != "text_config"}
-    return Recipe(
-        family=base_model(vlm).config.model_type,
-        vlm_key=content_key(weights["vlm"], language),
-        vision_key=content_key(weights["vision"], vision, image_settings),
-        connector_key=content_key(weights["connector"], family.connector_settings(vlm)),
-        num_image_tokens=num_image_tokens,
-        vlm_dim=dim,
-        **settings,
-    )
 
 
 def _read(
@@ -201,14 +232,17 @@ def _read(
     return found
 
 
-def _keys_of_weights(vlm: Any) -> dict[str, str]:
-    """Keys of all weights, of those of the vision side and of those of the projector."""
-    state = _fingerprint(vlm)
+def _keys_of_weights(vlm: Any, *names: str) -> dict[str, str]:
+    """Keys of weights: of all of them as they are or rounded to bfloat16, of the vision side's, of the projector's."""
+    state, family = _fingerprint(vlm), family_of(vlm)
     if vlm not in _weight_keys or _weight_keys[vlm][0] != state:
-        family = family_of(vlm)
-        parts = {"vlm": vlm, "vision": family.vision_modules(vlm), "connector": family.connector(vlm)}
-        _weight_keys[vlm] = (state, {name: model_key(modules) for name, modules in parts.items()})
-    return _weight_keys[vlm][1]
+        _weight_keys[vlm] = (state, {})
+    keys = _weight_keys[vlm][1]
+    parts = {"vlm": vlm, "rounded": vlm, "vision": family.vision_modules(vlm), "connector": family.connector(vlm)}
+    for name in names:
+        if name not in keys:
+            keys[name] = model_key(parts[name], precision=torch.bfloat16 if name == "rounded" else torch.float32)
+    return keys
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

@@ -189,26 +189,29 @@ def resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return functional.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def from_model_output(
-    images: torch.Tensor, output_type: str, sizes: Sequence[tuple[int, int]] | None = None
-) -> list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]:
-    """Decoded images in the form that the caller asked for.
+def from_model_output(images: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> list[torch.Tensor]:
+    """Decoded images (B, 3, H, W) in [-1, 1], clamped, as B tensors (3, H, W) float32 in [0, 1].
 
     Args:
-        images: (B, 3, H, W) float in [-1, 1]; values outside are clamped.
-        output_type: "pil", "np" (H, W, 3) or "pt" (3, H, W), the last two float32 in [0, 1].
-        sizes: B pairs (height, width) to which the images are resized, or None to leave them.
+        images: (B, 3, H, W) float.
+        sizes: B pairs (height, width) to which they are resized, or None to leave them.
     """
     images = (images.float() / 2 + 0.5).clamp(0, 1)
-    sized = [
+    return [
         image if size is None else resize(image[None], *size)[0]
         for image, size in zip(images, sizes or [None] * len(images), strict=True)
     ]
+
+
+def convert(
+    images: Sequence[torch.Tensor], output_type: str
+) -> Sequence[PIL.Image.Image] | Sequence[np.ndarray] | Sequence[torch.Tensor]:
+    """Images (3, H, W) in [0, 1] as "pil", "np" (H, W, 3) or "pt" (3, H, W), the last two float32."""
     if output_type == "pt":
-        return sized
+        return images
     if output_type == "np":
-        return [image.permute(1, 2, 0).cpu().numpy() for image in sized]
-    return [to_pil(image) for image in sized]
+        return [image.permute(1, 2, 0).cpu().numpy() for image in images]
+    return [to_pil(image) for image in images]
 
 
 def warn_of_enlargement(

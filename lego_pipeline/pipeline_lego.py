@@ -41,11 +41,12 @@ from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-from lego_pipeline import checks, guidance, images, loading
+from lego_pipeline import checks, fast, guidance, images, loading
 from lego_pipeline.attention import reuse_keys_values
 from lego_pipeline.data.embedding_cache import EmbeddingCache
 from lego_pipeline.enhance import enhance
 from lego_pipeline.projector import LegoProjector
+from lego_pipeline.scene import changed_share, keep_scene_pixels
 from lego_pipeline.vlm import Enhancement
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, check_question
 
@@ -85,6 +86,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         num_inference_steps, guidance_scale, image_guidance_scale, guidance_interval: defaults of a call.
         max_new_tokens, temperature, top_k: how the VLM samples the description.
         vlm_dropout: whether the UNet was trained to do without the VLM's parts (a share of `train/train_ldm.py`).
+        keep_scene: default of a call, two thresholds or False.
         frame_statistics: {"directions": K lists of D floats, "mean": K floats, "scale": K floats, "limit": float} of
             the training frames' mean-pooled F_img along K directions; a frame whose mean squared z-score is above the
             limit draws a warning.
@@ -116,11 +118,13 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         temperature: float | int = 0.2,
         top_k: int = 50,
         vlm_dropout: bool = False,
+        keep_scene: list[float] | tuple[float, ...] | bool = False,
         frame_statistics: dict[str, Any] | None = None,
     ):
         super().__init__()
         check_question(question_template)
         checks.check_interval("guidance_interval", guidance_interval)
+        checks.check_keep_scene(keep_scene)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -142,6 +146,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             temperature=temperature,
             top_k=top_k,
             vlm_dropout=vlm_dropout,
+            keep_scene=keep_scene,
             frame_statistics=frame_statistics,
         )
         # Without a VAE, as where only the text is encoded, the factor of Stable Diffusion.
@@ -209,6 +214,24 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         loading.finish_folder(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(repo_id, **written, **hub)
+
+    def load_fast(self, folder: str | os.PathLike) -> Self:
+        """Makes this a few-step pipeline, such as 4 steps of one pass each with the guidance in the weights.
+
+            pipe = LegoPipeline.from_pretrained(KITCHEN).load_fast(KITCHEN)
+
+        Adapters are added to the UNet's weights for good (no peft is needed), the scheduler becomes an LCMScheduler,
+        and steps and guidance scales of a call get their new defaults.
+
+        Args:
+            folder: `output_dir/lora` of `train/distill_ldm.py`, or a pipeline folder that has it as `fast`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is of another UNet or damaged, or the pipeline has adapters or is a few-step one already.
+        """
+        fast.load_fast(self, Path(folder))
+        return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `DiffusionPipeline.to`; `dtype=` may be a name, and an unknown device or dtype is told what is known.
@@ -349,6 +372,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         Returns:
             condition (B, L, C) and null condition (1 or B, L, C).
 
+        Raises:
+            ValueError: an enhancement is of another VLM than the checkpoint was trained with.
+
         Source: paper section 3.3; `BolinLai/LEGO: stable_diffusion/ldm/models/diffusion/ddpm_egogen.py`.
         """
         if (enhancement is None) == (description is None):
@@ -356,6 +382,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         null_condition = self.encode_null_condition(negative_prompt)
         if description is not None:
             return self.projector(self.encode_prompt(description).to(self.projector.dtype)), null_condition
+        checks.check_enhancements(enhancement, self.projector.config)
         enhancements = checks.as_list(enhancement) or []
         device, dtype = self._execution_device, self.projector.dtype
         enhancements = [item.to(device, dtype) for item in enhancements]
@@ -522,6 +549,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         latents: torch.Tensor,
         output_type: str = "pil",
         sizes: Sequence[tuple[int, int]] | None = None,
+        frames: Sequence[images.Frame] | None = None,
+        image_latents: torch.Tensor | None = None,
+        thresholds: Sequence[float] | None = None,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Latents to images, clamped to [-1, 1] before they are converted.
 
@@ -529,6 +559,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             latents: (N, c, h, w), from `denoise`.
             output_type: "pil", "np", "pt", or "latent" for the latents as they are.
             sizes: N pairs (height, width) to which the images are resized, or None.
+            frames, image_latents: the N input frames and their latents (N, c, h, w) from `encode_image`, to keep the
+                scene (`lego_pipeline.scene`); None decodes everything.
+            thresholds: of the change, see `lego_pipeline.scene.changed_share`.
 
         Returns:
             As `LegoPipelineOutput.images`.
@@ -536,8 +569,14 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         if output_type == "latent":
             return latents
         latents = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
-        decoded = self.vae.decode(latents, return_dict=False)[0]  # (N, 3, H, W)
-        return images.stack_images(images.from_model_output(decoded, output_type, sizes), output_type)
+        decoded = images.from_model_output(self.vae.decode(latents, return_dict=False)[0], sizes)
+        if frames is not None and image_latents is not None and thresholds is not None:
+            shares = changed_share(latents, image_latents.to(latents), thresholds)
+            decoded = [
+                keep_scene_pixels(image, images.to_model_input(frame, *image.shape[-2:]) / 2 + 0.5, share)
+                for image, frame, share in zip(decoded, frames, shares, strict=True)
+            ]
+        return images.stack_images(images.convert(decoded, output_type), output_type)
 
     # --- The call -------------------------------------------------------------------------------------------------
 
@@ -570,6 +609,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
         eta: float = 0.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
         cache: Cache = None,
+        keep_scene: Sequence[float] | bool | None = None,
     ) -> LegoPipelineOutput | tuple:
         """Generates the frame of an action.
 
@@ -606,6 +646,9 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             eta: of DDIM.
             cross_attention_kwargs: handed to the UNet.
             cache: of descriptions and embeddings, see `enhance`.
+            keep_scene: two thresholds of change between which decoded pixels fade into those of `image`, so that what
+                the action leaves alone stays sharp (`lego_pipeline.scene`); False decodes everything; None takes the
+                checkpoint's. It has no effect without `image`.
 
         Returns:
             `LegoPipelineOutput`.
@@ -620,6 +663,7 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
             guidance_interval=guidance_interval,
+            keep_scene=keep_scene,
         )
         if action is not None and prompt is not None:
             raise ValueError("`action` and its synonym `prompt` must not both be given; pass `action`.")
@@ -695,11 +739,12 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
                 encoded = image_latents.expand(batch_size, -1, -1, -1)
             own_generator = [generator[row] for row in rows] if isinstance(generator, list) else generator
             noise = self.prepare_latents(len(rows), *size, own_generator, latents)
+            own_latents = encoded.repeat_interleave(per_sample, dim=0)
             generated = self.denoise(
                 noise,
                 condition[rows],
                 None if null_condition is None else null_condition[rows],
-                encoded.repeat_interleave(per_sample, dim=0),
+                own_latents,
                 num_inference_steps=settings["num_inference_steps"],
                 guidance_scale=guidance.scale_of_samples(settings["guidance_scale"], owners),
                 image_guidance_scale=guidance.scale_of_samples(settings["image_guidance_scale"], owners),
@@ -711,7 +756,11 @@ class LegoPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraL
                 callback_on_step_end_tensor_inputs=tensor_inputs,
             )
             output_sizes = None if frame_sizes is None else [frame_sizes[owner] for owner in owners]
-            for row, output in zip(rows, self.decode(generated, output_type, output_sizes), strict=True):
+            kept: dict[str, Any] = {}
+            if settings["keep_scene"] and frames is not None:
+                kept = {"frames": [frames[owner] for owner in owners], "thresholds": settings["keep_scene"]}
+            decoded = self.decode(generated, output_type, output_sizes, image_latents=own_latents, **kept)
+            for row, output in zip(rows, decoded, strict=True):
                 outputs[row] = output
         result = images.stack_images(outputs, output_type)
 

@@ -32,6 +32,7 @@ class LegoProjector(ModelMixin, ConfigMixin):
             padding rows are not masked: they become the projection's bias, as in the release.
         num_layers, num_heads, feed_forward_dim, dropout: of the text mixer, pre-norm encoder layers with ReLU and no
             final norm. Dropout is active in training mode only.
+        vlm_id: of the VLM that it was trained with (`lego_pipeline.enhance.vlm_id`), or None if unknown.
 
     Source: paper section 3.3 (sigma -> `image_projection`, mu -> `text_projection`, pi -> `text_mixer`); upstream keys
     `projection_img`, `projection_txt`, `self_attn_mix`.
@@ -48,6 +49,7 @@ class LegoProjector(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         feed_forward_dim: int = 2048,
         dropout: float = 0.1,
+        vlm_id: str | None = None,
     ):
         super().__init__()
         self.image_projection = nn.Linear(vlm_dim, cross_attention_dim)

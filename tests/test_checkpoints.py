@@ -4,14 +4,16 @@ import PIL.Image
 import pytest
 
 from lego_pipeline import LegoPipeline
-from lego_pipeline.checkpoints import FRAMES, KITCHEN
+from lego_pipeline.checkpoints import FAST, FRAMES, KITCHEN
 from lego_pipeline.checks import warn_of_unknown_frames
 from lego_pipeline.data.manifest import read_manifest
 
 
-def test_the_embedded_checkpoint_has_at_most_48_mib() -> None:
+def test_the_embedded_checkpoint_has_at_most_48_mib_and_its_few_step_adapters_8_more() -> None:
     assert (KITCHEN / "model_index.json").is_file()
-    assert sum(path.stat().st_size for path in KITCHEN.rglob("*") if path.is_file()) <= 48 << 20
+    few = sum(path.stat().st_size for path in (KITCHEN / FAST).rglob("*") if path.is_file())
+    assert few <= 8 << 20
+    assert sum(path.stat().st_size for path in KITCHEN.rglob("*") if path.is_file()) - few <= 48 << 20
 
 
 @pytest.fixture(scope="module")

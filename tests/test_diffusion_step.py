@@ -107,6 +107,27 @@ def test_a_sample_without_the_vlm_sees_zeros_after_the_projections(
     assert torch.allclose(seen[0][1][:77], expected[1][:77], atol=1e-5)
 
 
+@pytest.mark.parametrize(("parts", "image", "text"), [("image", 1, 0), ("text", 0, 1), ("none", 0, 0)])
+def test_a_part_that_is_left_out_is_zeros_and_its_projection_is_not_trained(
+    parts: str, image: int, text: int, tiny_pipeline: LegoPipeline, loaded: dict[str, Any]
+) -> None:
+    seen = []
+    tiny_pipeline.unet.requires_grad_(True)
+    tiny_pipeline.projector.requires_grad_(True)
+    denoiser = Denoiser(tiny_pipeline.unet, tiny_pipeline.projector, dropout=0, vlm_parts=parts).eval()
+    denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    batch = Inputs(tiny_pipeline)(loaded)
+    denoiser(batch).sum().backward()
+    image_tokens = tiny_pipeline.projector.config["num_image_tokens"]
+    assert bool(seen[0][0, 77 : 77 + image_tokens].any()) == image
+    assert bool(seen[0][0, 77 + image_tokens :].any()) == text
+    trained = {name for name, weight in denoiser.projector.named_parameters() if weight.requires_grad}
+    assert {name.split("_")[0] for name in trained} == {
+        name for name, used in (("image", image), ("text", text)) if used
+    }
+    assert all(denoiser.projector.get_parameter(name).grad is not None for name in trained)
+
+
 @pytest.mark.parametrize(("draw", "text", "image"), [(0.04, 0, 1), (0.06, 0, 0), (0.12, 1, 0), (0.2, 1, 1)])
 def test_one_draw_drops_the_conditions(
     draw: float, text: bool, image: bool, tiny_pipeline: LegoPipeline, loaded: dict[str, Any]

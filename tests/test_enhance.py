@@ -1,6 +1,7 @@
 """Enhancing with a cache: which work of the VLM is done, and that the answers are the same in any case."""
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate import cpu_offload
 from lego_pipeline import LegoPipeline, enhance
 from lego_pipeline.data import embedding_cache
 from lego_pipeline.data.embedding_cache import EmbeddingCache
-from lego_pipeline.enhance import fill_cache, make_recipe
+from lego_pipeline.enhance import fill_cache, make_recipe, vlm_id
 from lego_pipeline.vlm import VLM_FAMILIES, Enhancement, family_of
 
 SETTINGS = {"question_template": "How to {} here?", "max_new_tokens": 4, "temperature": 0.7, "top_k": 20}
@@ -209,6 +210,33 @@ def test_other_settings_are_another_vlm(what: str, tiny_components: dict[str, An
     assert (after.vision_key != before.vision_key) == (what == "image size")
 
 
+def test_a_vlm_has_one_id_in_every_format_that_does_not_change_what_it_is(tiny_components: dict[str, Any]) -> None:
+    model, processor = copy.deepcopy(tiny_components["vlm"]), tiny_components["vlm_processor"]
+    own = vlm_id(model, processor)
+    assert own == vlm_id(copy.deepcopy(model), processor) == vlm_id(copy.deepcopy(model).bfloat16(), processor)
+    assert vlm_id(copy.deepcopy(model).half(), processor) is None  # rounds otherwise
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 0.5
+    assert own != vlm_id(model, processor) is not None
+
+
+def test_a_vlm_with_an_adapter_of_its_own_has_no_id(tiny_components: dict[str, Any]) -> None:
+    """Merged into the weights, as it is exported, it changes them by rounding."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = family_of(tiny_components["vlm"]).LORA_TARGETS
+    adapted = get_peft_model(copy.deepcopy(tiny_components["vlm"]), LoraConfig(r=2, target_modules=targets))
+    assert vlm_id(adapted, tiny_components["vlm_processor"]) is None
+
+
+def test_a_cache_s_name_and_entries_do_not_depend_on_the_id(tiny_components: dict[str, Any]) -> None:
+    """Caches that were filled before there were ids are read on."""
+    recipe = make_recipe(tiny_components["vlm"], tiny_components["vlm_processor"])
+    old = dataclasses.replace(recipe, vlm_id=None)
+    assert recipe.vlm_id is not None and old == recipe and old.name == recipe.name
+    assert old.text_key("pixels", "open drawer") == recipe.text_key("pixels", "open drawer")
+
+
 def test_an_adapter_makes_another_vlm_of_the_same_vision_side(tiny_components: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -234,7 +262,7 @@ def test_an_adapter_makes_another_vlm_of_the_same_vision_side(tiny_components: d
 def test_weights_are_hashed_once(tiny_components: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = copy.deepcopy(tiny_components["vlm"]), tiny_components["vlm_processor"]
     recipe = make_recipe(model, processor)
-    monkeypatch.setattr(enhance, "model_key", lambda *_: pytest.fail("weights are hashed again"))
+    monkeypatch.setattr(enhance, "model_key", lambda *_, **__: pytest.fail("weights are hashed again"))
     assert make_recipe(model, processor) == recipe
 
 
@@ -285,6 +313,25 @@ def test_without_a_vlm_the_cache_stands_in_for_it(
         ValueError, match="`cache` must hold the frame with the action 'take cup' where there is no VLM"
     ):
         tiny_pipeline(frame, "take cup", num_inference_steps=1, cache=tmp_path)
+
+
+def test_an_enhancement_of_another_vlm_of_the_same_sizes_is_refused(
+    tiny_pipeline: LegoPipeline, frame: PIL.Image.Image, tmp_path: Path
+) -> None:
+    """From a cache or a file; one of an unknown VLM is taken, and so is any where the checkpoint knows none."""
+    [unknown] = tiny_pipeline.enhance(frame, "open drawer")
+    [item] = tiny_pipeline.enhance(frame, "open drawer", cache=tmp_path / "cache")
+    item.save(tmp_path / "item.safetensors")
+    loaded = Enhancement.load(tmp_path / "item.safetensors").to("cpu", torch.float32)
+    assert loaded.vlm_id == item.vlm_id == vlm_id(tiny_pipeline.vlm, tiny_pipeline.vlm_processor)
+    for known in (None, item.vlm_id):
+        tiny_pipeline.projector.register_to_config(vlm_id=known)
+        tiny_pipeline.encode_condition([unknown, loaded])
+    tiny_pipeline.projector.register_to_config(vlm_id="0" * 32)
+    tiny_pipeline.encode_condition(unknown)
+    for given in ({"enhancement": loaded}, {"action": "open drawer", "cache": tmp_path / "cache"}):
+        with pytest.raises(ValueError, match="`enhancement` must be of the VLM that this checkpoint was trained with"):
+            tiny_pipeline(frame, num_inference_steps=1, **given)
 
 
 def test_keys_are_computed_in_one_place(tiny_pipeline: LegoPipeline, frame: PIL.Image.Image, tmp_path: Path) -> None:

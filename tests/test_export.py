@@ -4,15 +4,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lego_pipeline.export import find_vlm, model_card, save_trained, whole_folder
+from lego_pipeline.enhance import vlm_id
+from lego_pipeline.export import find_vlm, model_card, note_vlm, save_trained, whole_folder, with_weights
 from lego_pipeline.pipeline_lego import LegoPipeline
+from lego_pipeline.stable_diffusion import widen_input
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -94,6 +98,34 @@ def test_a_vlm_without_weights_is_none(tiny_folder: Path, tmp_path: Path) -> Non
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="must hold the weights"):
         find_vlm(tiny_folder, tmp_path)
+
+
+def test_a_folder_s_vlm_is_noted_as_it_was_saved(
+    make_tiny_pipeline: Callable[..., LegoPipeline], tmp_path: Path
+) -> None:
+    make_tiny_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    noted = note_vlm(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = LegoPipeline.from_pretrained(tmp_path, dtype=dtype)
+        assert pipe.projector.config.vlm_id == noted == vlm_id(pipe.vlm, pipe.vlm_processor)
+
+
+def test_without_a_vlm_there_is_nothing_to_note(
+    make_tiny_pipeline: Callable[..., LegoPipeline], tmp_path: Path
+) -> None:
+    make_tiny_pipeline(vlm=None, vlm_processor=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`folder` must be a LegoPipeline with its VLM"):
+        note_vlm(tmp_path)
+
+
+def test_a_copy_has_the_size_of_an_input_layer_that_was_widened(tiny_pipeline: LegoPipeline) -> None:
+    config = {key: value for key, value in tiny_pipeline.unet.config.items() if not key.startswith("_")}
+    config["out_channels"] = config.pop("in_channels") - 8  # the file leaves it out, its default is 4
+    unet: Any = UNet2DConditionModel.from_config(config)
+    widen_input(unet, 8)
+    copy = with_weights(unet, unet.state_dict())
+    assert copy.conv_in.in_channels == copy.config["in_channels"] == 8
+    assert copy.conv_in.weight.data_ptr() == unet.conv_in.weight.data_ptr()  # in the same memory
 
 
 def test_a_card_has_front_matter_for_the_hub_and_leaves_the_licence_open() -> None:

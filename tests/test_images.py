@@ -57,18 +57,18 @@ def test_a_list_may_mix_kinds_and_sizes(pixels):
 
 def test_pixels_survive_the_way_to_the_model_and_back(pixels):
     image = PIL.Image.fromarray(pixels)
-    back = images.from_model_output(images.to_model_input(image, 12, 16)[None], "pil")[0]
+    back = images.convert(images.from_model_output(images.to_model_input(image, 12, 16)[None]), "pil")[0]
     assert np.array_equal(np.array(back), pixels)
 
 
 @pytest.mark.parametrize(("output_type", "shape"), [("np", (12, 16, 3)), ("pt", (3, 12, 16))])
 def test_outputs_hold_values_between_zero_and_one(pixels, output_type, shape):
-    output = images.from_model_output(torch.full((1, 3, 12, 16), 3.0), output_type)[0]
+    output = images.convert(images.from_model_output(torch.full((1, 3, 12, 16), 3.0)), output_type)[0]
     assert tuple(output.shape) == shape and output.min() == output.max() == 1
 
 
 def test_outputs_are_resized_to_the_sizes_that_are_asked_for():
-    outputs = images.from_model_output(torch.zeros(2, 3, 16, 16), "pil", [(8, 9), (20, 30)])
+    outputs = images.convert(images.from_model_output(torch.zeros(2, 3, 16, 16), [(8, 9), (20, 30)]), "pil")
     assert [output.size for output in outputs] == [(9, 8), (30, 20)]
 
 

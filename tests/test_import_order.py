@@ -14,21 +14,22 @@ OUTSIDE = (*HOSTS, "benchmarks", "tests")  # measure and test all of them; impor
 LEVELS = (
     ("atomic", "config"),
     ("attention", "checkpoints", "conditioning", "contact_sheet", "guidance", "images", "loading",
-     "lora", "projector", "scheduler", "training", "vlm.base"),
-    ("vlm", "checks"),
+     "lora", "parity", "projector", "scene", "scheduler", "training", "vlm.base"),
+    ("vlm", "checks", "fast"),
     ("data",),
     ("enhance",),
     ("pipeline_lego",),
-    ("diffusion_step", "evaluation", "export", "stable_diffusion", "storyboard"),
-    ("start", "validation"),
+    ("curation", "diffusion_step", "evaluation", "export", "stable_diffusion", "storyboard"),
+    ("convert", "distillation", "start", "validation"),
     ("memory",),
     ("cli",),
 )  # fmt: skip
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 
 # Only the function that needs one of these may import it: the core runs without.
-OPTIONAL = {"av", "bitsandbytes", "cleanfid", "embreex", "gradio", "jinja2", "lpips", "matplotlib", "openai", "peft",
-            "scipy", "tensorboard", "timm", "torchmetrics", "torchvision", "trimesh", "xformers"}  # fmt: skip
+OPTIONAL = {"ai_edge_litert", "av", "bitsandbytes", "cleanfid", "embreex", "gradio", "jinja2", "lpips", "matplotlib",
+            "openai", "peft", "scipy", "tensorboard", "timm", "torchmetrics", "torchvision", "trimesh",
+            "xformers"}  # fmt: skip
 HEAVY = {"PIL", "accelerate", "datasets", "diffusers", "numpy", "safetensors", "torch", "tqdm", "transformers"}
 
 

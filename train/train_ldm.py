@@ -51,6 +51,7 @@ from lego_pipeline.data.manifest import read_manifest
 from lego_pipeline.data.pairs import Draws, PairDataset, load_batches
 from lego_pipeline.data.precomputed import fill_latents, fill_prompts, open_precomputed
 from lego_pipeline.diffusion_step import Denoiser, Inputs, losses_of, timestep_weights
+from lego_pipeline.enhance import vlm_id
 from lego_pipeline.export import VlmFiles, model_card, save_trained, whole_folder
 from lego_pipeline.lora import add_lora, export_lora, merge_lora
 from lego_pipeline.start import load_start
@@ -103,6 +104,7 @@ class TrainLdmConfig:
     ema_decay: float = 0.9999  # of the averaged weights, which are validated and saved; 0 = no average
     condition_dropout: float = 0.05  # of text only, both, image only, each
     vlm_dropout: float = 0.0  # share of samples with zeros for both VLM parts, half of them with the bare label
+    vlm_parts: Literal["both", "image", "text", "none"] = "both"  # that are used; others are zeros, for ablations
     freeze_projections: bool = False  # as in the released code
     lora_rank: int = 0  # train adapters of the UNet instead of its weights; 0 = all weights
     lora_alpha: int | None = None  # None = the rank
@@ -141,6 +143,8 @@ class TrainLdmConfig:
             raise ValueError("`cache` must be given, got none; pass --cache, or --embeddings on_the_fly or none.")
         if self.embeddings != "cache" and self.cache is not None:
             raise ValueError(f"`cache` has no effect with `embeddings` {self.embeddings}; leave it out.")
+        if self.vlm_parts != "both" and self.embeddings == "none":
+            raise ValueError(f"`vlm_parts` {self.vlm_parts} has no effect with `embeddings` none; leave it out.")
         if self.pictures_every_steps and self.validation_split is None:
             raise ValueError("`pictures_every_steps` needs a `validation_split`, got none; name one, or pass 0.")
         if self.aspect_buckets and len(self.data_weights) > 1:
@@ -364,6 +368,8 @@ def main(config: TrainLdmConfig) -> None:
     connector = train.cache.connector(recipe).to(device) if train.cache is not None and recipe is not None else None
     processor = start.vlm_files.processor if start.vlm_files is not None else None
     asked = (vlm, processor) if vlm is not None else None
+    known_id = recipe.vlm_id if recipe is not None else None  # None as well if no VLM takes part
+    pipeline.projector.register_to_config(vlm_id=known_id if asked is None else vlm_id(*asked))
     inputs = Inputs(pipeline, vlm=asked, connector=connector, noise_offset=config.noise_offset, seed=config.seed)
 
     # Before adapters rename the weights. Of what is trained whole, a state holds the weights themselves.
@@ -374,7 +380,8 @@ def main(config: TrainLdmConfig) -> None:
     if config.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     pipeline.projector.requires_grad_(config.trains_projector)
-    denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout).train().to(device)
+    denoiser = Denoiser(pipeline.unet, pipeline.projector, config.condition_dropout, config.vlm_parts)
+    denoiser.train().to(device)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     is_fused = device.type == "cuda"  # otherwise a GPU's step needs temporaries of all weights' size
     optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay, fused=is_fused)

@@ -65,6 +65,8 @@ class Scene:
     parts: tuple[list[Part], list[Part]]  # before, during
     cameras: tuple[Camera, Camera]
     hands: tuple[list[str], list[str]]  # sides that are there, in view or not
+    grips: tuple[dict[str, Grip], dict[str, Grip]]  # of these hands, by side
+    skin: Material  # of the cook
 
 
 @lru_cache(maxsize=256)
@@ -80,7 +82,7 @@ def build(
     kitchens: int = 256,
     first_kitchen: int = 0,
     actions: tuple[str, ...] = TRAIN_ACTIONS,
-    motion: float = 0.35,
+    motion: float = 0.0,
     hands_seen: float = 1.0,
     show_hands: bool = True,
 ) -> Scene:
@@ -116,7 +118,7 @@ def build(
         room.build(near=shot.station, **stage.state) + stage.parts + _bodies(grips, eye, skin)
         for stage, grips in zip((shot.before, shot.during), hands, strict=True)
     )
-    return Scene(action, number, shot, (before, during), cameras, (sorted(hands[0]), sorted(hands[1])))
+    return Scene(action, number, shot, (before, during), cameras, (sorted(hands[0]), sorted(hands[1])), hands, skin)
 
 
 def sample(seed: int, index: int, *, size: int = 128, samples: int = 2, **options) -> dict:
@@ -147,7 +149,7 @@ def shoot(scene: Scene, size: int = 128, samples: int = 2) -> dict:
     for parts, camera in zip(scene.parts, scene.cameras, strict=True):
         frame, part_map, names = trace(parts, camera, shot.kitchen.light, size, samples)
         frames.append(frame)
-        boxes.append(_boxes(part_map, names, wanted))
+        boxes.append(visible_boxes(part_map, names, wanted))
     return {
         "before": frames[0],
         "target": frames[1],
@@ -196,7 +198,7 @@ def _bodies(grips: dict[str, Grip], eye: np.ndarray, skin: Material) -> list[Par
     return parts
 
 
-def _boxes(part_map: np.ndarray, names: list[str], wanted: set[str]) -> dict[str, list[float]]:
+def visible_boxes(part_map: np.ndarray, names: list[str], wanted: set[str]) -> dict[str, list[float]]:
     """Boxes of the wanted parts that are visible in a (size, size) map of indices into `names`."""
     boxes, size = {}, len(part_map)
     for number, name in enumerate(names):

@@ -10,7 +10,8 @@ as in training with that part left out:
     description+image+text      all, LEGO
     truth, truth+image+text     likewise with the manifest's true description in place of the VLM's
 
-Without PARTS a folder with a VLM gets all, one without gets the label.
+Without PARTS a folder with a VLM gets all, one without gets the label. A last `:decoded` shows the decoder's pixels
+everywhere; otherwise a checkpoint that keeps the scene (`lego_pipeline.scene`) does so.
 """
 
 import hashlib
@@ -38,11 +39,12 @@ WEIGHTS = ("unet", "projector", "vae", "text_encoder", "vlm")  # folders that de
 
 @dataclass(frozen=True)
 class System:
-    """One generating row of the table; `parts` is one of PARTS."""
+    """One generating row of the table; `parts` is one of PARTS, `decoded` is without the scene's own pixels."""
 
     name: str
     folder: Path
     parts: str
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Scales:
 
 
 def parse_system(text: str) -> System:
-    """Reads `NAME=FOLDER[:PARTS]`.
+    """Reads `NAME=FOLDER[:PARTS][:decoded]`.
 
     Raises:
         ValueError: another form, unknown parts, or a folder that is no pipeline.
     """
     name, _, rest = text.partition("=")
+    decoded = rest.endswith(":decoded")
+    rest = rest.removesuffix(":decoded")
     found = re.fullmatch(r"(.+?)(?::([a-z+]*))?", rest)
     if not name.strip() or found is None:
         raise ValueError(f"`systems` must be written NAME=FOLDER or NAME=FOLDER:PARTS, got {text!r}.")
@@ -71,7 +75,7 @@ def parse_system(text: str) -> System:
         parts = LEGO if (folder / "vlm").is_dir() else "label"
     if parts not in PARTS:
         raise ValueError(f"the parts of {name!r} must be one of {', '.join(PARTS)}, got {parts!r}.")
-    return System(name.strip(), folder, parts)
+    return System(name.strip(), folder, parts, decoded)
 
 
 def weights_key(folder: Path) -> str:
@@ -123,7 +127,7 @@ class Generator:
         """(N, 3, H, W) float in [-1, 1]: the generated frame of every row, those that are kept read back."""
         ids = rows["id"][:]
         folder = self.folder / f"{scales.guidance_scale:g}-{scales.image_guidance_scale:g}-{scales.steps}"
-        record = {"weights": self.key, "parts": self.system.parts, "seed": self.seed}
+        record = {"weights": self.key, "parts": self.system.parts, "seed": self.seed, "decoded": self.system.decoded}
         paths = [folder / f"{name}.png" for name in ids]
         missing = [i for i, path in enumerate(paths) if not _is_kept(path, record)]
         label = f"{self.system.name} {scales.guidance_scale:g}/{scales.image_guidance_scale:g}"
@@ -155,6 +159,7 @@ class Generator:
             guidance_scale=factors[0],
             image_guidance_scale=factors[1],
             generator=generators,
+            keep_scene=False if self.system.decoded else None,
         )
         return list(zip(result.images, texts, strict=True))
 

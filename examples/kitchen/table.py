@@ -10,6 +10,9 @@ same score: share of frames of which the judge names the asked action, plus a te
 Regions: inside the boxes of hands and things in either frame, outside, whole. Intervals are 95 % bootstrap intervals
 over pairs; the paired tests compare each row with `--compare-to` on the same pairs. A pair draws the same noise in
 every system. Generated frames are kept in `--frames-dir`; a run that was stopped goes on.
+
+`--hand-detector` adds what a detector says that was trained on real hands (`hand_detector.py` fetches it): the share
+of frames with a hand, its mean score, and of the pairs in whose true frame it finds one, the share with one there.
 """
 
 import json
@@ -26,6 +29,8 @@ from tqdm.auto import tqdm
 
 from examples.kitchen.actions import HELD_OUT_ACTIONS
 from examples.kitchen.frames import load_frames, load_masks, psnr, to_unit
+from examples.kitchen.hand_calibration import calibration_text
+from examples.kitchen.hand_detector import DETECTED, FOUND, HandDetector, detector_measures
 from examples.kitchen.systems import Generator, Scales, parse_system
 from lego_pipeline import images
 from lego_pipeline.checkpoints import KITCHEN
@@ -73,6 +78,7 @@ class TableConfig:
     tuning_pairs: int = 100
     guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     image_guidance_scales: tuple[float, ...] = (1.0, 1.5)
+    hand_detector: Path | None = None  # folder that examples.kitchen.hand_detector wrote; without, it isn't asked
     steps: int | None = None  # of every system, default each checkpoint's own
     sheet: int = 16  # cases of the contact sheet, drawn by seed
     unlucky: int = 8  # cases of the contact sheet that came out worst
@@ -258,15 +264,20 @@ def markdown(results: dict) -> str:
     """The tables of results.json for reading."""
     lines = []
     for group in next(iter(results["rows"].values())):
-        for title, columns in (("judge", JUDGED), ("pictures", MEASURED)):
-            counts = next(iter(results["rows"].values()))[group]["psnr_whole"]
-            if counts is None:
+        for title, columns in (("judge", JUDGED), ("pictures", MEASURED), ("real hand detector", DETECTED)):
+            first = next(iter(results["rows"].values()))[group]
+            counts = first["psnr_whole"]
+            if counts is None or not columns.keys() <= first.keys():
                 continue
             lines += [f"### {group}, {title}", "", f"{counts['count']} pairs; mean (95 % interval).", ""]
             lines += [f"| | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
             for name, row in results["rows"].items():
                 lines.append(f"| {name} | {' | '.join(_cell(column, row[group][column]) for column in columns)} |")
             lines.append("")
+    if results["hand_detector"] is None:
+        lines += ["Real hand detector: not run.", ""]
+    else:
+        lines += [f"A hand is found where its probability is above {FOUND}. {results['hand_detector']}", ""]
     lines += [f"### Row less {results['compare_to']}, the same pairs", ""]
     columns = ("action", "hand_side", "which", "overlap_hands", "psnr_inside", "psnr_outside")
     lines += [f"| | {' | '.join((JUDGED | MEASURED)[name] for name in columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -286,7 +297,7 @@ def _cell(column: str, entry: dict | None, signed: bool = False) -> str:
     """One cell: shares in per cent, PSNR in dB, SSIM and overlap as they are."""
     if entry is None:
         return ""
-    is_share = column in JUDGED and not column.startswith("overlap")
+    is_share = column in JUDGED | DETECTED and not column.startswith("overlap") and column != "detector_score"
     scale, digits = (100, 0) if is_share else (1, 2)
     sign = "+" if signed else ""
     mean, low, high = (f"{scale * entry[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
@@ -295,9 +306,13 @@ def _cell(column: str, entry: dict | None, signed: bool = False) -> str:
 
 
 def draw_sheet(
-    pairs: Pairs, pictures: dict[str, torch.Tensor], worst: Sequence[int], config: TableConfig
+    pairs: Pairs,
+    pictures: dict[str, torch.Tensor],
+    descriptions: Sequence[str],
+    worst: Sequence[int],
+    config: TableConfig,
 ) -> Image.Image:
-    """Cases drawn by seed and the unlucky ones: input, every system, truth."""
+    """Cases drawn by seed and the unlucky ones: input, systems, truth, and the description that LEGO went by."""
     count = len(pairs.actions)
     drawn = sorted(random.Random(config.seed).sample(range(count), min(config.sheet, count)))
     cards = []
@@ -309,10 +324,11 @@ def draw_sheet(
                 Card(
                     title=f"{note}{pairs.actions[i]}",
                     frames=[(name, images.to_pil((frame / 2 + 0.5).clamp(0, 1))) for name, frame in shown.items()],
+                    text=descriptions[i],
                 )
             )
     title = f"{len(drawn)} held-out cases drawn by seed {config.seed}, and the {len(worst)} worst of all"
-    return draw_contact_sheet(cards, title=title, columns=2 if len(pictures) > 2 else 4, frame_size=128)
+    return draw_contact_sheet(cards, title=title, columns=4 if len(pictures) == 1 else 3, frame_size=128)
 
 
 def read_pairs(folder: Path, split: str, count: int, name: str) -> Pairs:
@@ -336,18 +352,27 @@ def main(config: TableConfig) -> None:
             f"`compare_to` must be one of the systems' names, each used once; got {compare_to!r} and {names}."
         )
     judge = load_judge()
+    detector = HandDetector(config.hand_detector) if config.hand_detector else None
     pairs = read_pairs(config.data, "test", config.pairs, "data")
     tuning_pairs = read_pairs(config.validation_data, "val", config.tuning_pairs, "validation_data")
 
     pictures: dict[str, torch.Tensor] = {}
     settings: dict[str, dict] = {}
+    descriptions: list[str] = []
     for system in systems:
         folder = config.frames_dir / "".join(letter if letter.isalnum() else "_" for letter in system.name)
         generator = Generator(system, folder, device=config.device, batch_size=config.batch_size, seed=config.seed)
         scales, tried = tune(generator, judge, tuning_pairs, config)
         pictures[system.name] = generator.frames(pairs.rows, scales)
-        settings[system.name] = {"parts": system.parts, "weights": generator.key, **asdict(scales), "tried": tried}
+        settings[system.name] = {
+            "parts": system.parts,
+            "decoded": system.decoded,
+            "weights": generator.key,
+            **asdict(scales),
+            "tried": tried,
+        }
         if system.name == compare_to:
+            descriptions = generator.descriptions(pairs.rows["id"][:], scales)
             vae = generator.load().vae
             with torch.no_grad():
                 batches = [
@@ -356,16 +381,19 @@ def main(config: TableConfig) -> None:
     others, shown = other_actions(pairs, config.frames_dir / "other_action")
     has_other = np.array([action is not None for action in shown])
 
-    values = {
-        TRUTH: measure(judge, pairs, pairs.target),
-        ROUND_TRIP: measure(judge, pairs, torch.cat(batches)),
-        COPIED: measure(judge, pairs, pairs.before),
-        OTHER: {
-            name: np.where(has_other, column, np.nan)
-            for name, column in measure(judge, pairs, others.nan_to_num()).items()
-        },
-        **{name: measure(judge, pairs, frames) for name, frames in pictures.items()},
+    frames = {
+        TRUTH: pairs.target,
+        ROUND_TRIP: torch.cat(batches),
+        COPIED: pairs.before,
+        OTHER: others.nan_to_num(),
+        **pictures,
     }
+    values = {name: measure(judge, pairs, row) for name, row in frames.items()}
+    if detector is not None:
+        answers = {name: detector.read(row, f"hand detector: {name}") for name, row in frames.items()}
+        for name, row in values.items():
+            row.update(detector_measures(answers[name], answers[TRUTH]))
+    values[OTHER] = {name: np.where(has_other, column, np.nan) for name, column in values[OTHER].items()}
     numbers = np.nonzero(has_other)[0].tolist()
     readings = [judge.read(pairs.before[i : i + 1], others[i : i + 1])[0].action for i in numbers]
     said = [reading == shown[i] for i, reading in zip(numbers, readings, strict=True)]
@@ -385,6 +413,7 @@ def main(config: TableConfig) -> None:
         "seed": config.seed,
         "compare_to": compare_to,
         "systems": settings,
+        "hand_detector": calibration_text(config.hand_detector) if config.hand_detector else None,
         "judge_names_the_other_action": asdict(bootstrap_interval(said)) if said else None,
         "rows": table,
         "paired": paired,
@@ -397,7 +426,9 @@ def main(config: TableConfig) -> None:
     if config.sheet + config.unlucky:
         row = values[compare_to]
         worst = np.lexsort((row["psnr_inside"], row["action"]))[: config.unlucky].tolist()
-        draw_sheet(pairs, pictures, worst, config).save(config.output_dir / "table_sheet.jpg", quality=88)
+        shown_systems = {name: pictures[name] for name in (label_only, compare_to) if name is not None}
+        sheet = draw_sheet(pairs, shown_systems, descriptions, worst, config)
+        sheet.save(config.output_dir / "contact_sheet.jpg", quality=88)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,16 @@ def bowl(rng: Generator) -> Thing:
     colour, name = pick(rng)
     outside = [(0, 0), (0.04, 0), (0.062, 0.018), (0.080, 0.045), (0.088, 0.068)]
     inside = [(0.088, 0.068), (0.084, 0.068), (0.074, 0.042), (0.055, 0.018), (0, 0.010)]
-    parts = [lathe(outside, Material(colour, gloss=0.25), 24), lathe(inside, PORCELAIN, 24)]
+    glaze = Material(colour, gloss=0.25)  # inside too: from above little else of a bowl is seen
+    parts = [lathe(outside, glaze, 24), lathe(inside, glaze, 24)]
     return Thing("bowl", parts, 0.084, 0.045, 0.068, "rim", name)
 
 
 def plate(rng: Generator) -> Thing:
     colour, name = pick(rng, ("blue", "green", "white", "teal", "coral"))
     rim = [(0, 0), (0.07, 0), (0.125, 0.018), (0.125, 0.021), (0.085, 0.008)]
-    parts = [lathe(rim, Material(colour, gloss=0.25), 28), lathe([(0.087, 0.009), (0, 0.006)], PORCELAIN, 28)]
+    glaze = Material(colour, gloss=0.25)
+    parts = [lathe(rim, glaze, 28), lathe([(0.087, 0.009), (0, 0.006)], glaze, 28)]
     return Thing("plate", parts, 0.118, 0.016, 0.02, "rim", name)
 
 

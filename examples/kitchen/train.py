@@ -3,12 +3,14 @@
     python -m examples.kitchen.train --run-dir runs/kitchen --max-minutes 60
 
 Stages: render -> autoencoder -> small CLIP -> visual instruction tuning of a small LLaVA -> descriptions and
-embeddings -> UNet and projector. Most are scripts that can be run on their own; running this command again goes on
-with the first stage that is not finished. `--max-minutes` ends the slice wherever it is. The result is
-`RUN_DIR/ldm/last`; with `--export` it also replaces the embedded checkpoint. The device is found by accelerate.
+embeddings -> UNet and projector -> few-step adapters. Most are scripts that can be run on their own; running this
+command again goes on with the first stage that is not finished. `--max-minutes` ends the slice wherever it is. The
+result is `RUN_DIR/ldm/last` and `RUN_DIR/fast/lora`; with `--export` they also replace the embedded checkpoint. The
+device is found by accelerate.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -34,11 +36,12 @@ from examples.kitchen.components import (
 )
 from examples.kitchen.frames import read_split
 from lego_pipeline import LegoPipeline
-from lego_pipeline.checkpoints import KITCHEN
+from lego_pipeline.checkpoints import FAST, KITCHEN
 from lego_pipeline.config import parse_config
 from lego_pipeline.data.embedding_cache import EmbeddingCache
 from lego_pipeline.data.shards import pixel_key
-from lego_pipeline.export import whole_folder
+from lego_pipeline.export import note_vlm, whole_folder
+from lego_pipeline.lora import COMFYUI_FILE
 from lego_pipeline.vlm.base import DEFAULT_QUESTION, ask
 
 
@@ -52,8 +55,9 @@ class TrainKitchenConfig:
     max_minutes: float = 0.0  # end this slice earlier, saved; 0 = run to the end
     vae_steps: int = 4300  # of 8 frames
     clip_steps: int = 900  # of 64 frames
-    vlm_steps: int = 800  # of 32 frames
-    ldm_steps: int = 2350  # of 48 pairs
+    vlm_steps: int = 3000  # of 32 frames
+    ldm_steps: int = 4700  # of 48 pairs
+    fast_steps: int = 1000  # of 32 pairs
     export: bool = False  # write the result to lego_pipeline/checkpoints/kitchen
     seed: int = 0
 
@@ -63,12 +67,17 @@ class OutOfTime(Exception):
 
 
 class Chain:
-    """Runs stages as subprocesses until the time is over."""
+    """Runs stages as subprocesses until the time is over.
 
-    def __init__(self, config: TrainKitchenConfig):
-        self.config = config
-        self.data, self.run = config.run_dir / "data", config.run_dir
-        self.deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else None
+    Args:
+        run_dir: the stages' folders are made in it.
+        max_minutes: of this slice, 0 for no limit.
+        seed: of every training script.
+    """
+
+    def __init__(self, run_dir: Path, max_minutes: float = 0.0, seed: int = 0):
+        self.data, self.run, self.seed = run_dir / "data", run_dir, seed
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
 
     def minutes_left(self) -> float:
         """Of the slice, 0 for no limit.
@@ -104,9 +113,7 @@ class Chain:
         report = self.run / folder / "report.json"
         while not (report.exists() and json.loads(report.read_text())["finished"]):
             limit = f"{self.minutes_left():.2f}"
-            self.call(
-                *arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.config.seed)
-            )
+            self.call(*arguments, "--output-dir", self.run / folder, "--max-minutes", limit, "--seed", str(self.seed))
 
 
 def start_vlm(run: Path, data: Path) -> None:
@@ -171,23 +178,37 @@ def start_pipeline(run: Path, data: Path) -> None:
         image_guidance_scale=1.0,
         max_new_tokens=48,
         temperature=0.2,
+        keep_scene=(0.3, 0.6),
         frame_statistics=frame_statistics(run / "cache", read_split(data, "train")),
     )
     with whole_folder(run / "start") as folder:
         pipeline.save_pretrained(folder)
 
 
+def ldm_command(data: Path, start: Path, steps: int) -> tuple[str | Path, ...]:
+    """Training of UNet and projector, but for where embeddings come from."""
+    return (
+        *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data),
+        *("--pipeline", start, "--max-steps", str(steps)),
+    )
+
+
 def export(run: Path, folder: Path) -> None:
-    """Writes the trained pipeline with the newest decoder in half precision; an older `folder` is replaced."""
+    """Writes the trained pipeline with the newest decoder and its few-step adapters, all in half precision.
+
+    An older `folder` is replaced. The adapters for ComfyUI stay in the run: they are as large again.
+    """
     pipeline = LegoPipeline.from_pretrained(
         run / "ldm" / "last", vae=AutoencoderKL.from_pretrained(run / "vae" / "vae")
     )
     with whole_folder(folder) as unfinished:
         pipeline.to(torch.float16).save_pretrained(unfinished)
+        note_vlm(unfinished)
+        shutil.copytree(run / "fast" / "lora", unfinished / FAST, ignore=shutil.ignore_patterns(COMFYUI_FILE))
 
 
 def main(config: TrainKitchenConfig) -> None:
-    chain = Chain(config)
+    chain = Chain(config.run_dir, config.max_minutes, config.seed)
     data, run = chain.data, chain.run
     splits = {"train": config.pairs, "val": config.validation_pairs, "test": config.test_pairs}
     try:
@@ -213,10 +234,11 @@ def main(config: TrainKitchenConfig) -> None:
         )
         if not (run / "start").exists():
             start_pipeline(run, data)
+        chain.train("ldm", *ldm_command(data, run / "start", config.ldm_steps), "--cache", run / "cache")
         chain.train(
-            "ldm",
-            *("train/train_ldm.py", "--config", "train/configs/kitchen.yaml", "--data", data),
-            *("--cache", run / "cache", "--pipeline", run / "start", "--max-steps", str(config.ldm_steps)),
+            "fast",
+            *("train/distill_ldm.py", "--config", "train/configs/kitchen_fast.yaml", "--data", data),
+            *("--cache", run / "cache", "--pipeline", run / "ldm" / "last", "--max-steps", str(config.fast_steps)),
         )
     except OutOfTime:
         print(f"the slice's {config.max_minutes:g} minutes are over; the same command goes on from here")

@@ -27,6 +27,8 @@ def generator(folder: Path, kept: Path, parts: str = LEGO, **settings) -> Genera
 def test_names_folders_and_parts_are_read(tiny_folder):
     assert parse_system(f"LEGO={tiny_folder}") == System("LEGO", tiny_folder, "description+image+text")
     assert parse_system(f"label only={tiny_folder}:label") == System("label only", tiny_folder, "label")
+    assert parse_system(f"A={tiny_folder}:decoded") == System("A", tiny_folder, "description+image+text", decoded=True)
+    assert parse_system(f"A={tiny_folder}:label:decoded") == System("A", tiny_folder, "label", decoded=True)
     assert parse_system(f"a=b={tiny_folder}".replace("a=b", "a", 1)).name == "a"
 
 

@@ -222,7 +222,7 @@ def test_the_command_writes_its_table_and_does_nothing_twice(tmp_path, monkeypat
     assert results["rows"][TRUTH]["all"]["psnr_whole"]["mean"] > results["rows"][COPIED]["all"]["psnr_whole"]["mean"]
     assert len(results["systems"]["LEGO"]["tried"]) == 2
     assert (tmp_path / "out" / "table.md").read_text() == markdown(results) == printed
-    assert (tmp_path / "out" / "table_sheet.jpg").stat().st_size > 1000
+    assert (tmp_path / "out" / "contact_sheet.jpg").stat().st_size > 1000
     monkeypatch.setattr(table.Generator, "_generate", lambda *_: pytest.fail("generated again"))
     main(config)
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == results

@@ -36,7 +36,7 @@ from lego_pipeline.data.manifest import read_manifest, write_shard
 from lego_pipeline.data.mirror import mirror_image, mirror_text
 from lego_pipeline.data.pairs import VALIDATION_STEP, Draws
 from lego_pipeline.diffusion_step import timestep_weights
-from lego_pipeline.enhance import fill_cache, make_recipe
+from lego_pipeline.enhance import fill_cache, make_recipe, vlm_id
 from lego_pipeline.images import to_model_input
 from lego_pipeline.projector import LegoProjector
 from lego_pipeline.vlm.base import DEFAULT_QUESTION
@@ -244,12 +244,20 @@ def test_frames_and_texts_are_encoded_once(
 def test_unet_and_projector_alone_are_trained(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
     train_ldm.main(settings(data, tiny_folder, tmp_path, cache=cache, max_steps=2))
     assert changed_components(tiny_folder, tmp_path / "last") == {"unet", "projector"}
-    changed = {
+    assert changed_projections(tiny_folder, tmp_path / "last") == {"image_projection", "text_projection", "text_mixer"}
+
+
+def changed_projections(before: Path, after: Path) -> set[str]:
+    return {
         name.split(":")[1].split(".")[0]
-        for name, tensor in weights(tmp_path / "last").items()
-        if name.startswith("projector") and not torch.equal(tensor, weights(tiny_folder)[name])
+        for name, tensor in weights(after).items()
+        if name.startswith("projector") and not torch.equal(tensor, weights(before)[name])
     }
-    assert changed == {"image_projection", "text_projection", "text_mixer"}
+
+
+def test_a_part_of_the_vlm_is_learnt_from_alone(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
+    train_ldm.main(settings(data, tiny_folder, tmp_path, cache=cache, max_steps=2, vlm_parts="image"))
+    assert changed_projections(tiny_folder, tmp_path / "last") == {"image_projection"}
 
 
 def test_frozen_projections_stay_as_they_are(data: Path, tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
@@ -585,6 +593,7 @@ def test_a_trained_folder_draws_with_its_vlm(
     train_ldm.main(settings(data, tiny_folder, tmp_path, cache=cache, max_steps=1))
     pipe = quiet(tmp_path / "last")
     assert pipe(frame, action="open drawer", num_inference_steps=1).images[0].size == frame.size
+    assert pipe.projector.config.vlm_id == vlm_id(pipe.vlm, pipe.vlm_processor)
     linked, original = (folder / "vlm" / "model.safetensors" for folder in (tmp_path / "last", tiny_folder))
     assert linked.samefile(original)
 
@@ -681,6 +690,7 @@ def test_a_cache_of_another_vlm_is_refused(
     [
         ({"embeddings": "cache"}, "`cache` must be given"),
         ({"cache": Path("cache"), "embeddings": "none"}, "`cache` has no effect with `embeddings` none"),
+        ({"vlm_parts": "text"}, "`vlm_parts` text has no effect with `embeddings` none"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"condition_dropout": 0.5}, "`condition_dropout` must be at least 0 and at most 0.33.*, got 0.5"),
         ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and below 1"),
