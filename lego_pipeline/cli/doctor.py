@@ -124,7 +124,7 @@ def _checkpoint() -> tuple[dict[str, Any], list[str]]:
     try:
         index = json.loads((KITCHEN / "model_index.json").read_text(encoding="utf-8"))
         facts["components"] = [
-            name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]
+            name for name, value in index.items() if isinstance(value, list) and isinstance(value[0], str)
         ]
     except (OSError, ValueError) as error:
         problems.append(f"the embedded checkpoint cannot be read ({error}): {AGAIN}")

@@ -82,3 +82,15 @@ def test_weights_that_are_cut_off_are_a_problem(
     assert main(["doctor", "--json"]) == 1
     [problem] = json.loads(capsys.readouterr().out)["problems"]
     assert weights.name in problem and "bytes by its header" in problem and "make kitchen ARGS=--export" in problem
+
+
+@pytest.mark.usefixtures("complete")
+def test_a_pair_of_numbers_in_the_config_is_no_component(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({**index, "keep_scene": [0.3, 0.6]}))
+    monkeypatch.setattr(lego_pipeline.checkpoints, "KITCHEN", tmp_path / "model")
+    assert main(["doctor", "--json"]) == 0
+    assert "keep_scene" not in json.loads(capsys.readouterr().out)["checkpoint"]["components"]
