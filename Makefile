@@ -73,7 +73,7 @@ format: $(READY) ## rewrite the sources as `make check` wants them
 kitchen: $(READY) ## render and train it, run again to resume; `make kitchen ARGS=--export` replaces the checkpoint
 	$(BIN)/python -m examples.kitchen.train $(ARGS)
 
-kitchen-report: $(READY) ## every number and picture of the embedded checkpoint, and its model card
+kitchen-report: $(READY) ## tables and pictures of the embedded checkpoint, after a training its card
 	$(BIN)/python -m examples.kitchen.report $(ARGS)
 
 $(COMFYUI)/.ready: $(READY) tests/comfy/fetch_tree.py tests/comfy/requirements.txt

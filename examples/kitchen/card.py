@@ -168,7 +168,7 @@ The first {pairs} pairs of the test split: kitchens that training never saw, and
 combinations occur only there. Guidance scales were chosen on {tuning_pairs} pairs of the validation split for every
 system from the same grid; LEGO got {scales}. The judge (`lego_pipeline/evaluation/judge.py`) was trained on rendered
 pairs only. `docs/kitchen/contact_sheet.jpg` shows cases drawn by seed and the worst of all. `make kitchen-report`
-makes every number and picture again.
+makes tables and pictures again; `examples.kitchen.hand_detector` fetches the detector for its columns.
 
 {table}
 ## Descriptions

@@ -1,11 +1,12 @@
-"""All numbers and pictures of the kitchen checkpoint, and its model card; `make kitchen-report` runs it.
+"""All tables and pictures of the kitchen checkpoint, and its model card; `make kitchen-report` runs it.
 
     python -m examples.kitchen.report --run-dir runs/kitchen
 
 The test and validation pairs are rendered if they aren't there. Rows of `examples.kitchen.ablations` that are trained
 to their end take part in the table; those that aren't are named. A real hand detector gives its opinion where
-`examples.kitchen.hand_detector` has put it into the run directory as `hand_detector`. What was generated before is
-kept, so a command that was stopped goes on.
+`examples.kitchen.hand_detector` has put it into the run directory as `hand_detector`. The card also reads the logs of
+the training there, and is written only where they are. What was generated before is kept, so a command that was
+stopped goes on.
 """
 
 import json
@@ -76,6 +77,9 @@ def main(config: ReportConfig) -> None:
         *("-m", "examples.kitchen.few_steps", "--data", data / "test", "--model", config.model, *output),
         *("--pairs", str(config.few_steps_pairs)),
     )
+    if not (chain.run / "ldm" / "report.json").exists():
+        print(f"the model card stays as it is: it needs the logs of the training, and {chain.run} has none")
+        return
     chain.call(
         *("-m", "examples.kitchen.card", "--run-dir", chain.run, "--model", config.model),
         *("--results", config.output_dir),
