@@ -35,12 +35,13 @@ pipe(Image.open("frame.png"), action="open drawer").images[0].save("action.png")
 def whole_folder(folder: Path) -> Generator[Path]:
     """A folder to write into that takes its name `folder` at the end, so that a kill leaves none half written.
 
-    A folder that has the name already stays as it is until then, and if writing fails.
+    A folder that has the name already stays as it is until then, and if writing fails. Two hidden names beside it are
+    ours, `.FOLDER.lego-unfinished` and `.FOLDER.lego-old`; what lies there is taken for the rest of a killed run.
 
     Raises:
         OSError: it can't be written; the message says what to do.
     """
-    unfinished, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
+    unfinished, old = (folder.with_name(f".{folder.name}.lego-{state}") for state in ("unfinished", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames
         old.rename(folder)
     for left_over in (unfinished, old):

@@ -43,12 +43,23 @@ def test_a_full_disk_leaves_the_old_folder(error: type[Exception], tmp_path: Pat
 
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
-    (tmp_path / "folder.old").mkdir()
-    (tmp_path / "folder.old" / "old.txt").touch()
-    (tmp_path / "folder.unfinished").mkdir()
+    (tmp_path / ".folder.lego-old").mkdir()
+    (tmp_path / ".folder.lego-old" / "old.txt").touch()
+    (tmp_path / ".folder.lego-unfinished").mkdir()
     with whole_folder(tmp_path / "folder"):
         assert (tmp_path / "folder" / "old.txt").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_a_users_folder_beside_it_is_left_alone(tmp_path: Path) -> None:
+    for name in ("folder.old", "folder.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").touch()
+    for _ in range(2):
+        with whole_folder(tmp_path / "folder"):
+            pass
+    kept = ["folder", "folder.old", "folder.old/mine.txt", "folder.unfinished", "folder.unfinished/mine.txt"]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == kept
 
 
 def test_trained_weights_go_into_a_folder_with_the_vlm_as_it_is(

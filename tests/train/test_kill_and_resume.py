@@ -162,7 +162,7 @@ def test_the_ldm_has_the_weights_of_a_run_that_was_never_killed(
     for folder in ("last", "best", f"state/step-{STEPS}"):
         assert_equal_weights(quiet / folder, killed / folder)
     assert sorted(path.name for path in (killed / "state").iterdir()) == [f"step-{STEPS - 1}", f"step-{STEPS}"]
-    assert not list(killed.glob("*.unfinished"))
+    assert not list(killed.glob(".*.lego-unfinished"))
     for log in ("log.jsonl", "validation.jsonl"):
         assert losses(quiet / log) == losses(killed / log)
 
