@@ -25,7 +25,7 @@ BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 # With the oldest ComfyUI: its inner names, the nodes, the server. Not what needs the newest frontend or no ComfyUI.
 OLDEST   := $(foreach name,adapter nodes memory server workflows,tests/comfy/test_$(name).py) -k "not real and not twenty"
-EXTRAS   := dev,vision,kitchen
+EXTRAS   := app,dev,eval,kitchen,vision
 
 export HF_HUB_OFFLINE := 1
 
@@ -42,9 +42,11 @@ test: check ## check, then every test that needs neither minutes nor a GPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		-m "not slow and not gpu" $(ARGS)
 
-test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts, kill loops, ComfyUI
+# ComfyUI first: with it comes Chromium, in which the study's page and the app are clicked through as well.
+test-slow: $(READY) ## the long tests: wheel in a fresh environment, whole scripts, kill loops, browser, ComfyUI
+	-@$(MAKE) --no-print-directory $(COMFYUI)/.ready
 	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/comfy --durations=10 $(ARGS)
-	@if $(MAKE) --no-print-directory $(COMFYUI)/.ready; then $(MAKE) --no-print-directory test-comfy; \
+	@if [ -f $(COMFYUI)/.ready ]; then $(MAKE) --no-print-directory test-comfy; \
 		else $(BIN)/python -m pytest -m "slow and not gpu" tests/comfy; fi
 
 test-comfy: $(COMFYUI)/.ready ## the nodes in ComfyUI: the newest tree known, and in short the oldest supported

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adapter, condition, curate, enhance, example, frames, load, sample
+from . import adapter, condition, curate, enhance, example, frames, load, sample, score
 from .packages import explained
 
 NODES: list[type[io.ComfyNode]] = [
@@ -13,6 +13,7 @@ NODES: list[type[io.ComfyNode]] = [
     *condition.NODES,
     *sample.NODES,
     *curate.NODES,
+    *score.NODES,
 ]
 for node in NODES:
     node.execute = classmethod(explained(node.execute.__func__))

@@ -10,14 +10,16 @@ from lego_pipeline.checkpoints import KITCHEN
 EMBEDDED = "kitchen (embedded)"
 FOLDER_NAME = "lego"
 CACHE_FOLDER = "lego_enhancements"  # below ComfyUI's output and input folders
+METRICS_FOLDER = "lego_metrics"  # weights of metrics, beside the models
 PAIRS_FOLDER = "lego_pairs"  # below ComfyUI's output folder
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 LORA_FILE = "comfyui.safetensors"  # as `lego_pipeline.lora.export_lora` names it
 
 
 def register_folder() -> None:
-    """Makes `models/lego` a model folder; paths of extra_model_paths.yaml under the same name stay first."""
-    folder_paths.add_model_folder_path(FOLDER_NAME, os.path.join(folder_paths.models_dir, FOLDER_NAME))
+    """Makes `models/lego` and `models/lego_metrics` model folders; those of extra_model_paths.yaml stay first."""
+    for name in (FOLDER_NAME, METRICS_FOLDER):
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
 
 
 def pipeline_folders() -> dict[str, Path]:
@@ -39,6 +41,11 @@ def vlm_folders() -> dict[str, Path]:
 def lora_folders() -> dict[str, Path]:
     """Folders of LoRAs as the training script exports them, below models/lego and models/loras."""
     return {**_folders_with(LORA_FILE, "loras"), **_folders_with(LORA_FILE)}
+
+
+def metrics_folder() -> Path | None:
+    """The first folder of weights of metrics that is there, None if there is none."""
+    return next((path for path in map(Path, folder_paths.get_folder_paths(METRICS_FOLDER)) if path.is_dir()), None)
 
 
 def cache_folders() -> dict[str, Path]:

@@ -24,11 +24,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from examples.kitchen.frames import load_frames, to_unit
-from examples.kitchen.hand_detector import FOUND, Hand, HandDetector, best_presence
 from lego_pipeline.atomic import write_text
 from lego_pipeline.cli.records import read_png_record, write_png
 from lego_pipeline.config import run
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.evaluation.hands import FOUND, Hand, HandDetector, best_presence
 from lego_pipeline.evaluation.judge import HANDS, box_corners
 from lego_pipeline.evaluation.statistics import bootstrap_interval
 

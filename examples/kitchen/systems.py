@@ -27,13 +27,15 @@ from tqdm.auto import tqdm
 
 from examples.kitchen.frames import to_unit
 from lego_pipeline import LegoPipeline, images
+from lego_pipeline.baselines.parts import PARTS as LEGO_PARTS
+from lego_pipeline.baselines.parts import condition_of_enhancements
 from lego_pipeline.cli.records import append_record, read_png_record, write_png
 from lego_pipeline.guidance import needed_passes
 from lego_pipeline.training import seed_of
 from lego_pipeline.vlm import Enhancement
 
 LEGO = "description+image+text"
-PARTS = ("label", "description", "description+image", "description+text", LEGO, "truth", "truth+image+text")
+PARTS = (*LEGO_PARTS, "truth", "truth+image+text")
 WEIGHTS = ("unet", "projector", "vae", "text_encoder", "vlm")  # folders that decide what is generated
 
 
@@ -180,15 +182,8 @@ class Generator:
             )
             self.enhancements.update({row["id"]: item for row, item in zip(new, made, strict=True)})
         known = [self.enhancements[row["id"]] for row in rows]
-        texts = [item.description for item in known]
-        device, dtype = pipeline.projector.device, pipeline.projector.dtype
-        condition = pipeline.projector(
-            pipeline.encode_prompt(texts).to(dtype),
-            torch.stack([item.image_embeds for item in known]).to(device, dtype)
-            if "image" in self.system.parts
-            else None,
-            [item.text_embeds.to(device, dtype) for item in known] if self.system.parts.endswith("text") else None,
-        )
+        parts = self.system.parts.replace("truth", "description")
+        condition, texts = condition_of_enhancements(pipeline, parts, known)
         return condition, null_condition, texts
 
 

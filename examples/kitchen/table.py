@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 from examples.kitchen.actions import HELD_OUT_ACTIONS
 from examples.kitchen.frames import load_frames, load_masks, psnr, to_unit
 from examples.kitchen.hand_calibration import calibration_text
-from examples.kitchen.hand_detector import DETECTED, FOUND, HandDetector, detector_measures
 from examples.kitchen.systems import Generator, Scales, parse_system
 from lego_pipeline import images
 from lego_pipeline.checkpoints import KITCHEN
@@ -38,8 +37,10 @@ from lego_pipeline.cli.records import read_png_record, write_png
 from lego_pipeline.config import run
 from lego_pipeline.contact_sheet import Card, draw_contact_sheet
 from lego_pipeline.data.manifest import read_manifest
+from lego_pipeline.evaluation.hands import DETECTED, FOUND, HandDetector, detector_measures
 from lego_pipeline.evaluation.judge import HANDS, Judge, box_corners, box_overlap, load_judge
-from lego_pipeline.evaluation.statistics import bootstrap_interval, paired_difference
+from lego_pipeline.evaluation.results import difference_of, interval_of
+from lego_pipeline.evaluation.statistics import bootstrap_interval
 
 TRUTH, ROUND_TRIP, COPIED, OTHER = (
     "true frame",
@@ -209,24 +210,14 @@ def other_actions(pairs: Pairs, folder: Path) -> tuple[torch.Tensor, list[str | 
 
 def intervals(values: Values, group: np.ndarray) -> dict[str, dict | None]:
     """Interval of each measure over the pairs of a group that have it; None where none has."""
-    result = {}
-    for name, column in values.items():
-        kept = column[group & ~np.isnan(column)]
-        result[name] = asdict(bootstrap_interval(kept.tolist())) if len(kept) else None
-    return result
+    found = {name: interval_of(column[group], None) for name, column in values.items()}
+    return {name: None if interval is None else asdict(interval) for name, interval in found.items()}
 
 
 def differences(first: Values, second: Values, group: np.ndarray) -> dict[str, dict | None]:
     """Mean difference of each measure over the pairs that both have, its interval and the paired test's p-value."""
-    result = {}
-    for name in first:
-        kept = group & ~np.isnan(first[name]) & ~np.isnan(second[name])
-        if not kept.any():
-            result[name] = None
-            continue
-        interval, p_value = paired_difference(first[name][kept].tolist(), second[name][kept].tolist())
-        result[name] = {**asdict(interval), "p": p_value}
-    return result
+    found = {name: difference_of(column[group], second[name][group], None) for name, column in first.items()}
+    return {name: None if test is None else {**asdict(test[0]), "p": test[1]} for name, test in found.items()}
 
 
 def asked(table: dict[str, dict], paired: dict[str, dict], name: str, label_only: str | None) -> dict[str, dict]:

@@ -13,17 +13,27 @@ from typing import Annotated, TextIO
 
 import tyro
 
+from lego_pipeline.cli.app import App
 from lego_pipeline.cli.convert import Convert
 from lego_pipeline.cli.demo import Demo
 from lego_pipeline.cli.doctor import Doctor
 from lego_pipeline.cli.enhance import Enhance
+from lego_pipeline.cli.evaluate import Evaluate
 from lego_pipeline.cli.generate import Generate
+from lego_pipeline.cli.study import Study
+from lego_pipeline.cli.study_report import StudyReport
+from lego_pipeline.cli.swap import Swap
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Enhance, tyro.conf.subcommand("enhance")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Swap, tyro.conf.subcommand("swap")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[App, tyro.conf.subcommand("app")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[StudyReport, tyro.conf.subcommand("study-report")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 

@@ -20,19 +20,21 @@ import tyro
 
 from lego_pipeline.cli import records
 from lego_pipeline.cli.jobs import Job, call_or_report, print_counts, texts_of
-from lego_pipeline.cli.model import DrawOptions, draw, open_cache
+from lego_pipeline.cli.model import open_cache
 from lego_pipeline.cli.samples import Sample, check_ids, check_seed, derive_seed, find_images, read_actions
+from lego_pipeline.cli.systems import SystemOptions
 
 if TYPE_CHECKING:
     import PIL.Image
 
     from lego_pipeline import LegoPipeline
+    from lego_pipeline.baselines import Baseline
     from lego_pipeline.data.embedding_cache import EmbeddingCache
 
 
 @dataclass(kw_only=True)
-class Generate(DrawOptions):
-    """Draw the action frame for a frame and an action, or for many."""
+class Generate(SystemOptions):
+    """Draw the action frame for a frame and an action, or for many, with LEGO or a baseline."""
 
     output: Path
     """A .png for one frame, or a folder for several."""
@@ -48,20 +50,10 @@ class Generate(DrawOptions):
     """Manifest to draw, instead of --image and --action; `accelerate launch -m lego_pipeline.cli` shares it out."""
     split: str | None = None
     """Split of the manifest; without it all rows."""
-    descriptions: Literal["generate", "manifest"] | None = None
-    """The VLM's own, or the manifest's; without it the latter with imported features and with --parity paper."""
     parity: Literal["paper"] | None = None
     """Draw a manifest as the released LEGO does: square frames, its sampler, stretched contrast, JPEGs in its tree."""
     seed: int = 0
     """Seed of a single picture. In a folder every picture has its own, derived from this and its id."""
-    steps: int | None = None
-    """Denoising steps; without it the model's own number."""
-    guidance_scale: float | None = None
-    """How strongly the action is followed; without it the model's own."""
-    image_guidance_scale: float | None = None
-    """How strongly the input frame is kept; without it the model's own."""
-    no_keep_scene: bool = False
-    """Decode the whole picture, also with a model that shows the input's own pixels where nothing changes."""
     batch_size: int = 1
     """Pictures made at once: changes speed and memory, not the pictures."""
     cache: Path | None = None
@@ -105,8 +97,9 @@ class Generate(DrawOptions):
             raise ValueError("`--image` or `--actions-file` must be given; name a frame, such as --image frame.png.")
         elif not (self.action or "").strip() and not (self.description or "").strip():
             raise ValueError('`--action` or `--description` must be given, such as --action "open drawer".')
-        self.check_steps(self.steps)
-        self.check_scales(self.guidance_scale, self.image_guidance_scale)
+        self.check_system(self.cache)
+        if self.parity is not None and (self.system != "lego" or self.parts is not None):
+            raise ValueError("`--system` and `--parts` must be left out with `--parity paper`, which is LEGO's.")
         if self.batch_size < 1:
             raise ValueError(f"`--batch-size` must be at least 1, got {self.batch_size}.")
         check_seed(self.seed, "--seed")
@@ -149,38 +142,28 @@ class Generate(DrawOptions):
         return jobs
 
     def settings(self) -> dict[str, Any]:
-        """What all pictures of the request depend on; the model's own settings are in its fingerprint."""
-        return {
-            "model": self.fingerprint(),
-            "dtype": self.dtype,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "image_guidance_scale": self.image_guidance_scale,
-            **({"keep_scene": False} if self.no_keep_scene else {}),
-        }
+        """What all pictures of the request depend on."""
+        return self.system_settings()
 
-    def note(self, job: Job, pipeline: LegoPipeline, description: str) -> dict[str, Any]:
+    def note(self, job: Job, system: LegoPipeline | Baseline, description: str) -> dict[str, Any]:
         """The record of a picture that was drawn."""
         from lego_pipeline import __version__
 
-        own = pipeline.config
         return {
             "id": job.sample.id,
             "image": str(job.sample.image),
             "action": job.sample.action,
             "description": description,
             "seed": job.sample.seed,
-            "steps": _given(self.steps, own["num_inference_steps"]),
-            "guidance_scale": _given(self.guidance_scale, own["guidance_scale"]),
-            "image_guidance_scale": _given(self.image_guidance_scale, own["image_guidance_scale"]),
-            "model": f"{self.model or 'kitchen'}{' --fast' if self.fast else ''}",
+            **self.facts(system),
+            "model": self.model_name,
             "version": __version__,
             "request": job.request,
         }
 
     def draw_batch(
         self,
-        pipeline: LegoPipeline,
+        system: LegoPipeline | Baseline,
         cache: EmbeddingCache | None,
         jobs: Sequence[Job],
         frames: Sequence[PIL.Image.Image],
@@ -188,24 +171,17 @@ class Generate(DrawOptions):
         """Draw and write the pictures of some jobs in one call, each from its own seed, and note their records.
 
         Args:
+            system: from `open`.
             jobs: all with an action or none, and so with descriptions.
             frames: their input frames.
         """
         import torch
 
-        pictures, descriptions = draw(
-            pipeline,
-            image=list(frames),
-            **texts_of(jobs),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            image_guidance_scale=self.image_guidance_scale,
-            keep_scene=False if self.no_keep_scene else None,  # None takes the model's own
-            generator=[torch.Generator().manual_seed(job.sample.seed) for job in jobs],
-            cache=cache,
-        )
+        generators = [torch.Generator().manual_seed(job.sample.seed) for job in jobs]
+        texts = texts_of(jobs)
+        pictures, descriptions = self.draw_pictures(system, frames, generators=generators, cache=cache, **texts)
         for job, picture, description in zip(jobs, pictures, descriptions, strict=True):
-            job.record = self.note(job, pipeline, description)
+            job.record = self.note(job, system, description)
             records.write_png(job.path, picture, job.record)
             job.status = "written"
 
@@ -216,7 +192,7 @@ class Generate(DrawOptions):
         _hash_input(job)
         read_image(job.sample.image)  # a bad file is refused before the model is loaded
         cache = open_cache(self.cache)
-        self._call(self.load(), cache, [job])
+        self._call(self.open(), cache, [job])
 
     def _run_folder(self, jobs: Sequence[Job]) -> None:
         """Make the pictures that are not there yet; a failure is reported and does not stop the others."""
@@ -242,10 +218,10 @@ class Generate(DrawOptions):
         if not wanted:
             return
         cache = open_cache(self.cache)
-        pipeline = self.load()
+        system = self.open()
         with tqdm.tqdm(total=len(wanted), unit="picture", disable=None) as bar:
             for batch in _batches(wanted, self.batch_size):
-                call_or_report(lambda part: self._call(pipeline, cache, part), batch)
+                call_or_report(lambda part: self._call(system, cache, part), batch)
                 for job in batch:
                     if job.record:
                         known[job.sample.id] = job.record
@@ -254,11 +230,11 @@ class Generate(DrawOptions):
         if known:
             records.write_records(file, known.values())
 
-    def _call(self, pipeline: LegoPipeline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
-        """Make and write the pictures of one call of the pipeline."""
+    def _call(self, system: LegoPipeline | Baseline, cache: EmbeddingCache | None, batch: Sequence[Job]) -> None:
+        """Make and write the pictures of one call of the system."""
         from lego_pipeline.images import read_image
 
-        self.draw_batch(pipeline, cache, batch, [read_image(job.sample.image) for job in batch])
+        self.draw_batch(system, cache, batch, [read_image(job.sample.image) for job in batch])
 
 
 def _hash_input(job: Job) -> None:
@@ -268,10 +244,6 @@ def _hash_input(job: Job) -> None:
     if not job.sample.image.is_file():
         raise FileNotFoundError(f"`image` must be an image file, but there is no file at {job.sample.image}.")
     job.request["image_sha256"] = hashlib.sha256(job.sample.image.read_bytes()).hexdigest()
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:

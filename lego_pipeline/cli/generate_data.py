@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from datasets import Dataset
 
-    from lego_pipeline import LegoPipeline
     from lego_pipeline.cli.generate import Generate
     from lego_pipeline.data.embedding_cache import EmbeddingCache, Recipe
 
@@ -92,7 +91,8 @@ class _Run:
         self.cache: EmbeddingCache | None = open_cache(options.cache)
         self.recipe: Recipe | None = _imported_recipe(self.cache)
         is_paper = options.parity == "paper"
-        self.descriptions = options.descriptions or ("manifest" if self.recipe or is_paper else "generate")
+        default = "manifest" if self.recipe or is_paper else options.default_texts
+        self.descriptions = options.descriptions or default
         if self.recipe is not None and self.descriptions == "generate":
             raise ValueError(
                 f"`--descriptions` must be manifest with the imported features of {options.cache}, which are of the "
@@ -210,13 +210,13 @@ class _Run:
         self._check_cache(wanted)
         if not any(gather_object([len(wanted)])):
             return
-        pipeline = self._load()
+        system = self._open()
         with tqdm(total=len(wanted), unit="picture", disable=self._hides_bars()) as bar:
             for start in range(0, len(wanted), self.options.batch_size):
                 batch = wanted[start : start + self.options.batch_size]
                 self.style.start([self.number_of[job.sample.id] for job in batch])
                 call_or_report(
-                    lambda jobs: self.style.draw(pipeline, self.cache, jobs, [self._row(job) for job in jobs]), batch
+                    lambda jobs: self.style.draw(system, self.cache, jobs, [self._row(job) for job in jobs]), batch
                 )
                 for job in batch:
                     if job.record:
@@ -267,13 +267,15 @@ class _Run:
                 f"{_named(lacking)}; add them with `lego convert data`, from the same labels and descriptions."
             )
 
-    def _load(self) -> LegoPipeline:
-        """The pipeline; without its VLM where the cache has all."""
-        pipeline = self.options.load(**({} if self.recipe is None else {"vlm": None, "vlm_processor": None}))
-        if not self.state.is_main_process:
-            pipeline.set_progress_bar_config(disable=True)
-        self.style.prepare(pipeline)
-        return pipeline
+    def _open(self) -> Any:
+        """The system; a pipeline without its VLM where the cache has all."""
+        without = {"vlm": None, "vlm_processor": None} if self.options.is_lego and self.recipe is not None else {}
+        system: Any = self.options.open(**without)
+        if self.options.is_lego:
+            if not self.state.is_main_process:
+                system.set_progress_bar_config(disable=True)
+            self.style.prepare(system)
+        return system
 
 
 def _imported_recipe(cache: EmbeddingCache | None) -> Recipe | None:

@@ -12,11 +12,12 @@ from lego_pipeline.checkpoints import FAST
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
     from lego_pipeline import LegoPipeline, LegoPipelineOutput
     from lego_pipeline.data.embedding_cache import EmbeddingCache
 
-HASHED = (".json", ".safetensors", ".txt", ".model")
+HASHED = (".bin", ".json", ".safetensors", ".txt", ".model")
 HASHED_BYTES = 1 << 20  # of the start of each file
 
 
@@ -64,12 +65,8 @@ class ModelOptions:
         from transformers.utils import logging as transformers_logging
 
         from lego_pipeline import LegoPipeline
-        from lego_pipeline.loading import check_device
 
-        if self.device is not None:
-            device = check_device(self.device)
-        else:
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = self.find_device()
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         try:
@@ -78,6 +75,20 @@ class ModelOptions:
             raise ValueError(f"`--model` {path} cannot be loaded: {error}") from error
         pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only on a terminal
         return pipeline.to(device)
+
+    def find_device(self) -> torch.device:
+        """The device that is asked for, or the first accelerator, or the CPU.
+
+        Raises:
+            ValueError: the device is unknown or absent.
+        """
+        import torch
+
+        from lego_pipeline.loading import check_device
+
+        if self.device is not None:
+            return check_device(self.device)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def fingerprint(self) -> str:
         """16 hex digits that change when a file of a model folder does; for a hub id, the id.

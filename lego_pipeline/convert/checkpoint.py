@@ -74,11 +74,13 @@ STAND_INS: dict[str, Any] = {
 } | {name: InertDict for name in ("collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict")}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, *, ignore_foreign: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a file by name, mapped into memory where the format allows.
 
     Args:
-        path: a .safetensors file, or one that torch saved. A dict with a `state_dict` is entered.
+        path: a .safetensors file, or one that torch saved. A dict with a `state_dict` or a `model` is entered.
+        ignore_foreign: put an object that does nothing in the place of every global that isn't allowed, instead of
+            refusing the file; nothing of theirs is imported or run either way.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,8 +96,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"`{path}` must be a safetensors file, got: {error}; download it again.") from error
-    content = _read_pickled(path)
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    content = _read_pickled(path, ignore_foreign)
+    state = content
+    if isinstance(content, dict):
+        inner = (content.get(name) for name in ("state_dict", "model"))
+        state = next((value for value in inner if isinstance(value, dict)), content)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"`{path}` must hold a dict of tensors, got {type(state).__name__}; pass a checkpoint.")
     wrong = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -107,7 +112,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {str(name): value.detach() for name, value in state.items()}
 
 
-def _read_pickled(path: Path) -> Any:
+def _read_pickled(path: Path, ignore_foreign: bool) -> Any:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # as torch decides; `zipfile` would also take a zip behind a pickle
     names: set[str] = set()
@@ -118,16 +123,19 @@ def _read_pickled(path: Path) -> Any:
     except Exception as error:  # a broken or hostile file can raise anything, a MemoryError as well
         broken = error
     foreign = sorted(name for name in names if name not in STAND_INS and not TENSOR_GLOBALS.fullmatch(name))
-    if foreign:
+    # Torch's reader has a list of its own, on which none of the others stand: names of torch are never ignored.
+    refused = [name for name in foreign if not ignore_foreign or name.startswith("torch.")]
+    if refused:
         raise ValueError(
-            f"`{path}` must hold nothing but tensors, but reading it would use {', '.join(foreign)}; it was refused "
+            f"`{path}` must hold nothing but tensors, but reading it would use {', '.join(refused)}; it was refused "
             "and nothing of it was run. Ask whoever made it for a .safetensors file."
         )
     if broken is not None:
         raise ValueError(
             f"`{path}` must be a whole file that torch saved, got: {_reason(broken)}; download it again."
         ) from broken
-    stand_ins: list[Any] = [(STAND_INS[name], name) for name in sorted(names & STAND_INS.keys())]
+    known: dict[str, Any] = {**dict.fromkeys(foreign, Inert), **STAND_INS}
+    stand_ins: list[Any] = [(known[name], name) for name in sorted(names & known.keys())]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

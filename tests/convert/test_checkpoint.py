@@ -1,6 +1,7 @@
 """Files of unknown origin: tensors come out, and nothing in them runs."""
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -188,6 +189,27 @@ def test_nothing_in_a_malicious_file_runs(attack: Callable[[Path, Path], str], t
         read_tensors(path)
     assert not mark.exists()
     assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_nothing_runs_where_foreign_objects_are_ignored(
+    attack: Callable[[Path, Path], str], tmp_path: Path, mark: Path
+) -> None:
+    attack(tmp_path / "model.ckpt", mark)
+    with contextlib.suppress(ValueError):
+        tensors = read_tensors(tmp_path / "model.ckpt", ignore_foreign=True)
+        assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    assert not mark.exists()
+
+
+def test_foreign_objects_beside_the_weights_are_ignored_if_asked(tmp_path: Path, mark: Path) -> None:
+    attack_by_a_class_of_its_own(tmp_path / "model.ckpt", mark)
+    assert read_tensors(tmp_path / "model.ckpt", ignore_foreign=True).keys() == TENSORS.keys()
+
+
+def test_weights_below_model_are_found(tmp_path: Path) -> None:
+    torch.save({"model": TENSORS, "epoch": 3}, tmp_path / "model.pth")
+    assert read_tensors(tmp_path / "model.pth").keys() == TENSORS.keys()
 
 
 def test_the_attacks_would_work(tmp_path: Path, mark: Path) -> None:

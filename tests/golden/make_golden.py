@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from lego_pipeline import parity
+from lego_pipeline.evaluation.egovlp import SpaceTimeTransformer, VideoTower, divided_attention
+from lego_pipeline.evaluation.metrics import preprocess
 from lego_pipeline.guidance import PASSES, combine
 from lego_pipeline.projector import LegoProjector
 from lego_pipeline.scheduler import LegoEulerAncestralScheduler
@@ -72,7 +74,40 @@ def sampler_arrays() -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in arrays.items()} | {"picture": np.array(picture)}
 
 
-MAKERS = {"projector": projector_arrays, "sampling": sampling_arrays, "sampler": sampler_arrays}
+def egovlp_arrays(weights: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """A small video tower (two blocks, three frames of four places) on two clips, and both views of a picture.
+
+    Args:
+        weights: of the tower by name; None draws them.
+    """
+    torch.manual_seed(0)
+    sizes = {"size": 16, "patch": 8, "dim": 12, "depth": 2, "num_heads": 2, "hidden": 20, "num_frames": 3}
+    tower = VideoTower(SpaceTimeTransformer(**sizes), 6).eval()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if weights is not None:
+        tower.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randn(2, 3, 3, 16, 16, generator=generator)
+    picture = torch.rand(1, 3, 24, 40, generator=generator)
+    with torch.no_grad():
+        tokens = torch.randn(1, 13, 12, generator=generator)
+        tensors = {
+            "features": tower(frames),
+            "time": divided_attention(tower.video_model.blocks[0].timeattn, tokens, 3, "time"),
+            "view": preprocess.centre_without_antialiasing(picture, 16),
+            "whole": preprocess.whole_frame(picture, 16),
+        }
+    tensors |= {f"weights.{name}": tensor for name, tensor in tower.state_dict().items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+MAKERS = {
+    "egovlp": egovlp_arrays,
+    "projector": projector_arrays,
+    "sampling": sampling_arrays,
+    "sampler": sampler_arrays,
+}
 
 if __name__ == "__main__":
     for name, arrays in {name: make() for name, make in MAKERS.items()}.items():

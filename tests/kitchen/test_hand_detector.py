@@ -17,10 +17,14 @@ from examples.kitchen.hand_calibration import (
     side_is_right,
     without_hands,
 )
-from examples.kitchen.hand_detector import (
+from examples.kitchen.hand_detector import FILES, fetch
+from examples.kitchen.render import render_rows
+from lego_pipeline.data.manifest import read_manifest, write_shard
+from lego_pipeline.evaluation import hands
+from lego_pipeline.evaluation.hands import (
     DETECTED,
-    FILES,
     LANDMARK_SIZE,
+    LANDMARKS,
     PALM,
     PALM_SIZE,
     Hand,
@@ -31,14 +35,11 @@ from examples.kitchen.hand_detector import (
     cut,
     decode_palms,
     detector_measures,
-    fetch,
     hand_square,
     in_same_place,
     load_model,
     suppress,
 )
-from examples.kitchen.render import render_rows
-from lego_pipeline.data.manifest import read_manifest, write_shard
 
 POINTS = torch.tensor([[0, 0], [0, 0.05], [0, -0.05], [0, -0.1], [0, 0], [0, 0], [0, 0], [0, 0]])  # of an upright hand
 
@@ -137,7 +138,7 @@ def measure_white(picture: torch.Tensor) -> list[torch.Tensor]:
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path) -> HandDetector:
     """A detector of white patches."""
-    monkeypatch.setattr(hand_detector, "load_model", lambda path: find_white if path.name == PALM else measure_white)
+    monkeypatch.setattr(hands, "load_model", lambda path: find_white if path.name == PALM else measure_white)
     return HandDetector(tmp_path)
 
 
@@ -265,7 +266,7 @@ def test_the_real_detector_sees_rendered_hands_and_the_table_has_its_columns(tmp
         hand_detector.main(hand_detector.HandDetectorConfig(output_dir=models))
     except OSError as error:
         pytest.skip(f"the wheel with the models can't be had here: {error}")
-    palm, landmarks = (load_model(models / name) for name in (PALM, hand_detector.LANDMARKS))
+    palm, landmarks = (load_model(models / name) for name in (PALM, LANDMARKS))
     assert [output.shape for output in palm(torch.zeros(1, PALM_SIZE, PALM_SIZE, 3))] == [(1, 2016, 18), (1, 2016, 1)]
     shapes = [output.shape for output in landmarks(torch.zeros(1, LANDMARK_SIZE, LANDMARK_SIZE, 3))]
     assert shapes == [(1, 63), (1, 1), (1, 1), (1, 63)]
