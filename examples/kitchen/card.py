@@ -4,8 +4,8 @@
 
 Puts README.md into the checkpoint and the loss curves, drawn from the scripts' logs, into `docs/kitchen/`, where
 `table.json` (`examples.kitchen.table`), `descriptions.json` (`examples.kitchen.descriptions`) and, if there is one,
-`few_steps.json` (`examples.kitchen.few_steps`) lie. `run.md` there, if it exists, says how the run differs from a
-fresh `make kitchen`.
+`few_steps.json` (`examples.kitchen.few_steps`) lie. Two texts there are taken over if they exist: `run.md` says how
+the run differs from a fresh `make kitchen`, `reading.md` what the tables say.
 """
 
 import json
@@ -101,7 +101,7 @@ def main(config: CardConfig) -> None:
     results = json.loads((folder / "table.json").read_text())
     said = json.loads((folder / "descriptions.json").read_text())
     scales = results["systems"][results["compare_to"]]
-    few_steps, notes = folder / "few_steps.md", folder / "run.md"
+    few_steps, notes, reading = (folder / f"{name}.md" for name in ("few_steps", "run", "reading"))
     card = CARD.format(
         parameters=", ".join(f"{name} {count:.1f} M" for name, count in sizes.items()),
         total=sum(sizes.values()),
@@ -114,6 +114,7 @@ def main(config: CardConfig) -> None:
         pairs=results["pairs"],
         tuning_pairs=results["tuning_pairs"],
         scales=f"{scales['guidance_scale']:g} and {scales['image_guidance_scale']:g}",
+        reading=reading.read_text() if reading.exists() else "",
         table=table.markdown(results),
         described=said["pairs"],
         descriptions=descriptions.markdown(said["vlms"]),
@@ -170,6 +171,7 @@ system from the same grid; LEGO got {scales}. The judge (`lego_pipeline/evaluati
 pairs only. `docs/kitchen/contact_sheet.jpg` shows cases drawn by seed and the worst of all. `make kitchen-report`
 makes tables and pictures again; `examples.kitchen.hand_detector` fetches the detector for its columns.
 
+{reading}
 {table}
 ## Descriptions
 

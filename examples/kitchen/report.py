@@ -4,17 +4,19 @@
 
 The test and validation pairs are rendered if they aren't there. Rows of `examples.kitchen.ablations` that are trained
 to their end take part in the table; those that aren't are named. A real hand detector gives its opinion where
-`examples.kitchen.hand_detector` has put it into the run directory as `hand_detector`. The card also reads the logs of
-the training there, and is written only where they are. What was generated before is kept, so a command that was
-stopped goes on.
+`examples.kitchen.hand_detector` has put it into the run directory as `hand_detector`. `lego evaluate` scores the
+frames of LEGO and label only as it would anybody's, with the swap test, into `evaluation` of the output folder. The
+card also reads the logs of the training there, and is written only where they are. What was generated before is kept,
+so a command that was stopped goes on.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from examples.kitchen.ablations import SMALL, folder_of
 from examples.kitchen.components import FRAME_SIZE
+from examples.kitchen.systems import Scales, frames_folder
 from examples.kitchen.train import Chain
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.config import run
@@ -50,6 +52,29 @@ def systems_of(run_dir: Path, model: Path) -> tuple[list[str], list[str]]:
     ], missing
 
 
+def evaluate(chain: Chain, config: ReportConfig) -> None:
+    """`lego evaluate` on the frames of the table; for the swap test LEGO also draws other verbs and nouns."""
+    lego, test = ("-m", "lego_pipeline.cli"), chain.data / "test"
+    work, pairs = chain.run / "evaluation", ("--pairs", str(config.pairs))
+    systems = json.loads((config.output_dir / "table.json").read_text())["systems"]
+    scales = {name: Scales(*(facts[field.name] for field in fields(Scales))) for name, facts in systems.items()}
+    chosen = scales["LEGO"]
+    chain.call(*lego, "swap", "--data", test, *pairs, "--output", work / "swapped_data")
+    chain.call(
+        *(*lego, "generate", "--model", config.model, "--data", work / "swapped_data", "--output", work / "swapped"),
+        *("--guidance-scale", str(chosen.guidance_scale), "--image-guidance-scale", str(chosen.image_guidance_scale)),
+        *("--steps", str(chosen.steps), "--batch-size", "20"),
+    )
+    compared = [name for name in ("LEGO", "label only") if name in scales]
+    frames = [f"{name}={frames_folder(chain.run / 'table', name) / str(scales[name])}" for name in compared]
+    train = ("--train-data", chain.data / "train") if (chain.data / "train").exists() else ()
+    chain.call(
+        *(*lego, "evaluate", *(word for entry in frames for word in ("--generated", entry)), "--data", test, *pairs),
+        *("--swapped", f"LEGO={work / 'swapped'}", *train),
+        *("--output", config.output_dir / "evaluation", "--cache", work / "cache"),
+    )
+
+
 def main(config: ReportConfig) -> None:
     chain = Chain(config.run_dir)
     data, output = chain.data, ("--output-dir", config.output_dir)
@@ -77,6 +102,7 @@ def main(config: ReportConfig) -> None:
         *("-m", "examples.kitchen.few_steps", "--data", data / "test", "--model", config.model, *output),
         *("--pairs", str(config.few_steps_pairs)),
     )
+    evaluate(chain, config)
     if not (chain.run / "ldm" / "report.json").exists():
         print(f"the model card stays as it is: it needs the logs of the training, and {chain.run} has none")
         return

@@ -57,6 +57,15 @@ class Scales:
     image_guidance_scale: float
     steps: int
 
+    def __str__(self) -> str:
+        """Name of the folder of frames drawn with them."""
+        return f"{self.guidance_scale:g}-{self.image_guidance_scale:g}-{self.steps}"
+
+
+def frames_folder(folder: Path, name: str) -> Path:
+    """Where a system of this name keeps its frames."""
+    return folder / "".join(letter if letter.isalnum() else "_" for letter in name)
+
 
 def parse_system(text: str) -> System:
     """Reads `NAME=FOLDER[:PARTS][:decoded]`.
@@ -128,7 +137,7 @@ class Generator:
     def frames(self, rows: Dataset, scales: Scales) -> torch.Tensor:
         """(N, 3, H, W) float in [-1, 1]: the generated frame of every row, those that are kept read back."""
         ids = rows["id"][:]
-        folder = self.folder / f"{scales.guidance_scale:g}-{scales.image_guidance_scale:g}-{scales.steps}"
+        folder = self.folder / str(scales)
         record = {"weights": self.key, "parts": self.system.parts, "seed": self.seed, "decoded": self.system.decoded}
         paths = [folder / f"{name}.png" for name in ids]
         missing = [i for i, path in enumerate(paths) if not _is_kept(path, record)]
@@ -143,7 +152,7 @@ class Generator:
 
     def descriptions(self, ids: Sequence[str], scales: Scales) -> list[str]:
         """The texts that the frames were generated from."""
-        folder = self.folder / f"{scales.guidance_scale:g}-{scales.image_guidance_scale:g}-{scales.steps}"
+        folder = self.folder / str(scales)
         records = [read_png_record(folder / f"{name}.png") or {} for name in ids]
         return [str(record.get("description", "")) for record in records]
 

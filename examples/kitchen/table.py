@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from examples.kitchen.actions import HELD_OUT_ACTIONS
 from examples.kitchen.frames import load_frames, load_masks, psnr, to_unit
 from examples.kitchen.hand_calibration import calibration_text
-from examples.kitchen.systems import Generator, Scales, parse_system
+from examples.kitchen.systems import Generator, Scales, frames_folder, parse_system
 from lego_pipeline import images
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.cli.records import read_png_record, write_png
@@ -351,7 +351,7 @@ def main(config: TableConfig) -> None:
     settings: dict[str, dict] = {}
     descriptions: list[str] = []
     for system in systems:
-        folder = config.frames_dir / "".join(letter if letter.isalnum() else "_" for letter in system.name)
+        folder = frames_folder(config.frames_dir, system.name)
         generator = Generator(system, folder, device=config.device, batch_size=config.batch_size, seed=config.seed)
         scales, tried = tune(generator, judge, tuning_pairs, config)
         pictures[system.name] = generator.frames(pairs.rows, scales)

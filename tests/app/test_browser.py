@@ -147,6 +147,13 @@ def take_example(page: Any, action: str) -> None:
     )
 
 
+def open_settings(page: Any) -> None:
+    """Opens the advanced settings. Gradio builds them then, and sets their first values once more a moment later."""
+    page.get_by_text("Advanced settings").click()
+    page.locator("#seed input").wait_for()
+    page.wait_for_timeout(1500)
+
+
 def text_of(page: Any, element: str) -> str:
     return page.locator(f"#{element} textarea").input_value()
 
@@ -204,7 +211,7 @@ def test_from_a_frame_to_downloaded_pictures(visit: Callable[[], Any], screensho
     page.locator("#description textarea").fill(edited)
     page.locator("#count input[type=number]").fill("2")
     page.locator("#count input[type=number]").press("Enter")
-    page.get_by_text("Advanced settings").click()
+    open_settings(page)
     page.locator("#seed input").fill("5")
     page.locator("#steps input[type=number]").fill("3")
     page.locator("#steps input[type=number]").press("Enter")
@@ -254,7 +261,7 @@ def test_generate_describes_first_and_a_new_action_drops_the_models_words(visit:
 def test_few_steps_are_painted_without_guidance(visit: Callable[[], Any]) -> None:
     page = visit()
     take_example(page, "turn on tap")
-    page.get_by_text("Advanced settings").click()
+    open_settings(page)
     page.locator("#fast input").check()
     page.locator("#guidance-scale input[type=number][disabled]").wait_for()
     page.locator("#generate").click()
@@ -332,7 +339,7 @@ def test_stop_keeps_what_was_finished(visit: Callable[[], Any], screenshots: Pat
     take_example(page, "put cup")
     page.locator("#count input[type=number]").fill("8")
     page.locator("#count input[type=number]").press("Enter")
-    page.get_by_text("Advanced settings").click()
+    open_settings(page)
     page.locator("#steps input[type=number]").fill("40")
     page.locator("#steps input[type=number]").press("Enter")
     page.locator("#generate").click()
@@ -351,7 +358,7 @@ def test_two_visitors_do_not_mix(visit: Callable[[], Any]) -> None:
     pages = visit(), visit()
     for page, action, seed in zip(pages, ("take cup", "put bowl"), ("1", "2"), strict=True):
         take_example(page, action)
-        page.get_by_text("Advanced settings").click()
+        open_settings(page)
         page.locator("#seed input").fill(seed)
     for page in pages:
         page.locator("#generate").click()  # the second waits for the first
@@ -392,8 +399,8 @@ def test_a_file_that_was_not_uploaded_is_no_frame(tmp_path: Path, tiny_folder: P
         queue, kind = f"{running.url}/gradio_api/queue", {"Content-Type": "application/json"}
         opener.open(urllib.request.Request(f"{queue}/join", asked, kind), timeout=60).close()
         with opener.open(f"{queue}/data?session_hash=visitor", timeout=60) as answers:
-            messages = (json.loads(line.removeprefix(b"data:")) for line in answers if line.startswith(b"data:"))
-            ended = next(message for message in messages if message["msg"] == "process_completed")
+            messages = [json.loads(line.removeprefix(b"data:")) for line in answers if line.startswith(b"data:")]
+        [ended] = [message for message in messages if message["msg"] == "process_completed"]
         assert not ended["success"]
         assert not list(running.temporary.rglob("secret.png")), "it was copied to where pictures are served from"
     finally:
