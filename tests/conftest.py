@@ -8,7 +8,8 @@ each test, made from components that are built once per session.
 import copy
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,19 @@ def random_frame(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
 def make_frame() -> Callable[..., PIL.Image.Image]:
     """`make_frame(width, height, seed=0)`, see `random_frame`."""
     return random_frame
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium. Not for the session: playwright's event loop would be in the way of other tests."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not here: it is in the extra `dev`")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield opened
+        opened.close()

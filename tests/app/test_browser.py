@@ -25,7 +25,6 @@ from lego_pipeline.checkpoints import FAST, KITCHEN
 from lego_pipeline.cli.records import PNG_KEY
 
 ROOT = Path(__file__).parent.parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MILLISECONDS = 120_000
 ONLY_HERE = """
 import socket
@@ -94,19 +93,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     assert not list(running.temporary.iterdir()), "frames or pictures stay behind"
     assert not running.tried.exists(), running.tried.read_text()
     assert "Traceback" not in running.log.read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not here")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -383,7 +369,8 @@ def test_the_server_offers_the_page_and_nothing_else(app: App) -> None:
     for path in ("/docs", "/openapi.json", f"/gradio_api/file={KITCHEN / 'model_index.json'}"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             opener.open(app.url + path, timeout=60)
-        assert refused.value.code in (403, 404), path
+        with refused.value as answer:  # which closes its socket
+            assert answer.code in (403, 404), path
 
 
 def test_a_file_that_was_not_uploaded_is_no_frame(tmp_path: Path, tiny_folder: Path) -> None:

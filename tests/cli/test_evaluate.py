@@ -332,27 +332,21 @@ def test_a_run_that_is_killed_goes_on(make_frame: Callable[..., PIL.Image.Image]
 
 @pytest.mark.slow
 def test_the_report_opens_in_a_browser_without_an_error(
-    evaluate: Callable[..., tuple[int, dict, str]], system: Path, tmp_path: Path
+    evaluate: Callable[..., tuple[int, dict, str]], system: Path, browser: Any, tmp_path: Path
 ) -> None:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
     assert evaluate("--generated", f"ours={system}")[0] == 0
     problems, asked = [], []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
-        page.goto((tmp_path / "report" / "report.html").as_uri())
-        widths = page.evaluate("() => [...document.images].map(image => image.naturalWidth)")
-        overflow = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
-        points = page.locator("svg circle").count()
-        page.locator("summary").last.click()
-        assert page.get_by_text("ours less input copied").is_visible()
-        browser.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+    page.goto((tmp_path / "report" / "report.html").as_uri())
+    widths = page.evaluate("() => [...document.images].map(image => image.naturalWidth)")
+    overflow = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
+    points = page.locator("svg circle").count()
+    page.locator("summary").last.click()
+    assert page.get_by_text("ours less input copied").is_visible()
+    page.close()
     assert problems == [] and set(asked) <= {"file", "data"} and asked.count("file") == 1
     assert len(widths) == 3 * (8 + 4 + 4) and set(widths) == {32}
     assert overflow <= 0 and points == 4  # copied input, mean target, other video, the system

@@ -1,8 +1,7 @@
 """A manifest of small frames, what two systems made of it, and a study of both."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from lego_pipeline.study.page import Key
 SYSTEMS = ("zebra-model", "quokka-model")  # words that nothing else holds
 ACTIONS = [("open", "drawer"), ("take", "cup"), ("close", "tap"), ("cut", "bread"), ("wash", "pan"), ("put", "bowl")]
 SECRET = "5eed" * 16  # so that no test depends on luck
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -83,20 +81,6 @@ def make_study(
 def frames_study(make_study: Callable[..., Path]) -> Path:
     """Six questions and two attention checks."""
     return make_study("--attention-checks", "2", "--seed", "3")
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A headless Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not here: it is in the extra `dev`")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield running
-        running.close()
 
 
 def votes_of(key: Key, rater: str, pick: Callable[[str, dict[str, Any], list[str]], str]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def ask(url: str, content: Any = None, kind: str = "application/json") -> tuple[
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.read()
+        with error:
+            return error.code, error.read()
 
 
 def test_the_page_and_its_frames_are_served_and_nothing_else(server: StudyServer, frames_study: Path) -> None:
