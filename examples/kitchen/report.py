@@ -20,6 +20,7 @@ from examples.kitchen.systems import Scales, frames_folder
 from examples.kitchen.train import Chain
 from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.config import run
+from lego_pipeline.data.manifest import read_manifest
 
 
 @dataclass(kw_only=True)
@@ -59,18 +60,24 @@ def evaluate(chain: Chain, config: ReportConfig) -> None:
     systems = json.loads((config.output_dir / "table.json").read_text())["systems"]
     scales = {name: Scales(*(facts[field.name] for field in fields(Scales))) for name, facts in systems.items()}
     chosen = scales["LEGO"]
-    chain.call(*lego, "swap", "--data", test, *pairs, "--output", work / "swapped_data")
-    chain.call(
-        *(*lego, "generate", "--model", config.model, "--data", work / "swapped_data", "--output", work / "swapped"),
-        *("--guidance-scale", str(chosen.guidance_scale), "--image-guidance-scale", str(chosen.image_guidance_scale)),
-        *("--steps", str(chosen.steps), "--batch-size", "20"),
-    )
+    rows = read_manifest(test).select(range(config.pairs))
+    actions, verbs, nouns = (len(set(rows[name][:])) for name in ("action", "verb", "noun"))
+    swapped: tuple[str | Path, ...] = ()
+    if min(verbs, nouns) < actions:  # some share a verb or a noun
+        chain.call(*lego, "swap", "--data", test, *pairs, "--output", work / "swapped_data")
+        chain.call(
+            *(*lego, "generate", "--model", config.model, "--data", work / "swapped_data"),
+            *("--guidance-scale", str(chosen.guidance_scale)),
+            *("--image-guidance-scale", str(chosen.image_guidance_scale)),
+            *("--steps", str(chosen.steps), "--batch-size", "20", "--output", work / "swapped"),
+        )
+        swapped = ("--swapped", f"LEGO={work / 'swapped'}")
     compared = [name for name in ("LEGO", "label only") if name in scales]
     frames = [f"{name}={frames_folder(chain.run / 'table', name) / str(scales[name])}" for name in compared]
     train = ("--train-data", chain.data / "train") if (chain.data / "train").exists() else ()
     chain.call(
         *(*lego, "evaluate", *(word for entry in frames for word in ("--generated", entry)), "--data", test, *pairs),
-        *("--swapped", f"LEGO={work / 'swapped'}", *train),
+        *(*swapped, *train),
         *("--output", config.output_dir / "evaluation", "--cache", work / "cache"),
     )
 

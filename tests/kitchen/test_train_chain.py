@@ -163,7 +163,7 @@ def test_a_killed_chain_goes_on_to_a_checkpoint_that_is_evaluated_and_described(
     subprocess.run(words, cwd=ROOT, env=environment, check=True)
     logs = {f"{stage}_log.jsonl" for stage in ("vae", "clip", "vlm", "ldm")}
     tables = {f"{name}.{end}" for name in ("table", "descriptions", "few_steps") for end in ("json", "md")}
-    pictures = {"contact_sheet.jpg", "loss_curves.png", "few_steps.png", "descriptions"}
+    pictures = {"contact_sheet.jpg", "loss_curves.png", "few_steps.png", "descriptions", "evaluation"}
     assert {path.name for path in results.iterdir()} == {"ldm_validation.jsonl", *pictures, *tables, *logs}
     card = (tmp_path / "exported" / "README.md").read_text()
     assert (results / "table.md").read_text() in card
