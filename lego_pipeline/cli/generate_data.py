@@ -21,6 +21,7 @@ from lego_pipeline.cli.jobs import Job, call_or_report, print_counts
 from lego_pipeline.cli.model import open_cache
 from lego_pipeline.cli.samples import Sample
 from lego_pipeline.cli.styles import Paper, Plain, content, read_frame
+from lego_pipeline.generated import named
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 PAPER = {"steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}  # the release's settings
 PARTS = ".generation-*.jsonl"  # records of processes that have not been joined
-SHOWN = 5  # names in a message; the rest are counted
 
 
 def generate_data(options: Generate) -> int:
@@ -122,20 +122,18 @@ class _Run:
         lacking = [row["id"] for row in facts if not all(row[name] for name in columns)]
         if lacking:
             raise ValueError(
-                f"`--data` must have {' and '.join(columns)} in every row, got {path}, of which {_named(lacking)} "
+                f"`--data` must have {' and '.join(columns)} in every row, got {path}, of which {named(lacking)} "
                 "do not; fill them in, or use `--descriptions generate`."
             )
         paths = {row["id"]: self.style.path(row) for row in facts}
         bad = [row_id for row_id, place in paths.items() if not _is_below(place)]
         if bad:
-            raise ValueError(
-                f"`--data` must name pictures below `--output`, got {_named(bad)} elsewhere; rename them."
-            )
+            raise ValueError(f"`--data` must name pictures below `--output`, got {named(bad)} elsewhere; rename them.")
         counts = Counter(paths.values())
         twice = [row_id for row_id, place in paths.items() if counts[place] > 1]
         if twice:
             raise ValueError(
-                f"`--data` must have a `frame_path` of its own in every row, got {_named(twice)} with that of "
+                f"`--data` must have a `frame_path` of its own in every row, got {named(twice)} with that of "
                 "another; correct them."
             )
 
@@ -264,7 +262,7 @@ class _Run:
         if lacking:
             raise ValueError(
                 f"`--cache` must hold the features of every row, but {self.options.cache} lacks those of "
-                f"{_named(lacking)}; add them with `lego convert data`, from the same labels and descriptions."
+                f"{named(lacking)}; add them with `lego convert data`, from the same labels and descriptions."
             )
 
     def _open(self) -> Any:
@@ -296,12 +294,6 @@ def _imported_recipe(cache: EmbeddingCache | None) -> Recipe | None:
             f"{len(recipes)} recipes; keep a cache for each."
         )
     return imported[0] if imported else None
-
-
-def _named(ids: Sequence[str]) -> str:
-    """How many rows there are, and the first ids."""
-    rest = len(ids) - SHOWN
-    return f"{len(ids)} row{'s' if len(ids) > 1 else ''} ({', '.join(ids[:SHOWN])}{f', and {rest} more' * (rest > 0)})"
 
 
 def _is_below(path: PurePosixPath) -> bool:

@@ -21,8 +21,10 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from lego_pipeline.checkpoints import FAST, KITCHEN
+from lego_pipeline.checkpoints import KITCHEN
 from lego_pipeline.cli.records import PNG_KEY
+
+WITHOUT_GRADIO = 'Gradio is not here: pip install "lego-pipeline[app]"'
 
 ROOT = Path(__file__).parent.parent.parent
 MILLISECONDS = 120_000
@@ -86,7 +88,7 @@ class App:
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
-    pytest.importorskip("gradio", reason='Gradio is not here: pip install "lego-pipeline[app]"')
+    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
     running = App(tmp_path_factory.mktemp("app"))
     yield running
     assert running.end() == 0, running.log.read_text()
@@ -243,7 +245,6 @@ def test_generate_describes_first_and_a_new_action_drops_the_models_words(visit:
     page.wait_for_function("document.querySelector('#description textarea').value === ''")
 
 
-@pytest.mark.skipif(not (KITCHEN / FAST).is_dir(), reason="the embedded checkpoint has no few-step adapters")
 def test_few_steps_are_painted_without_guidance(visit: Callable[[], Any]) -> None:
     page = visit()
     take_example(page, "turn on tap")
@@ -374,7 +375,7 @@ def test_the_server_offers_the_page_and_nothing_else(app: App) -> None:
 
 
 def test_a_file_that_was_not_uploaded_is_no_frame(tmp_path: Path, tiny_folder: Path) -> None:
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
     secret = tmp_path / "secret.png"
     PIL.Image.new("RGB", (32, 32), "red").save(secret)
     running = App(tmp_path, "--model", str(tiny_folder))
@@ -396,7 +397,7 @@ def test_a_file_that_was_not_uploaded_is_no_frame(tmp_path: Path, tiny_folder: P
 
 def test_the_page_is_laid_out_for_its_model(tmp_path: Path, tiny_folder: Path) -> None:
     """A model without a VLM, whose scene isn't kept and which has no few-step adapters."""
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("vlm", "vlm_processor"))
     index = json.loads((folder / "model_index.json").read_text())

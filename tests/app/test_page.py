@@ -24,7 +24,7 @@ VALUES = (7, 2.0, 3.5, 1.25, True, False)  # seed, steps, scales, keep scene, fa
 def gradio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    return pytest.importorskip("gradio")
+    return pytest.importorskip("gradio", reason='Gradio is not here: pip install "lego-pipeline[app]"')
 
 
 @pytest.fixture

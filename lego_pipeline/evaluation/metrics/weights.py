@@ -10,7 +10,7 @@ from pathlib import Path
 from lego_pipeline.loading import is_local
 
 RELEASED = "from bolinlai/LEGO-Metrics on the Hugging Face hub"
-TORCHVISION = "from download.pytorch.org/models"
+TORCHVISION = "from the address torchvision.models.{}_Weights.IMAGENET1K_V1.url"
 FOLDER = "folder"  # key of a folder in which all are looked for by their usual names
 
 
@@ -36,9 +36,9 @@ WEIGHTS: dict[str, Weight] = {
     "inception": Weight(
         ("pt_inception-2015-12-05-6726825d.pth",), "from the release fid_weights of mseitzer/pytorch-fid on GitHub"
     ),
-    "lpips_squeeze": Weight(("squeezenet1_1-b8a52dc0.pth",), TORCHVISION),
-    "lpips_vgg": Weight(("vgg16-397923af.pth",), TORCHVISION),
-    "lpips_alex": Weight(("alexnet-owt-7be5be79.pth",), TORCHVISION),
+    "lpips_squeeze": Weight(("squeezenet1_1-b8a52dc0.pth",), TORCHVISION.format("SqueezeNet1_1")),
+    "lpips_vgg": Weight(("vgg16-397923af.pth",), TORCHVISION.format("VGG16")),
+    "lpips_alex": Weight(("alexnet-owt-7be5be79.pth",), TORCHVISION.format("AlexNet")),
     "blip_b": Weight(
         ("model_base_caption_capfilt_large.pth", "blip-image-captioning-base"),
         RELEASED,

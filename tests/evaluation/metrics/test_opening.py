@@ -26,7 +26,7 @@ def test_metrics_come_in_the_order_asked_for_each_once():
     found, missing = open_metrics(["judge", "lpips", "psnr", "judge"])
     assert [metric.name for metric in found] == ["judge", "psnr"]
     assert [item.name for item in missing] == ["lpips"]
-    assert "squeezenet1_1-b8a52dc0.pth" in missing[0].needs and "download.pytorch.org" in missing[0].how_to_get
+    assert "squeezenet1_1-b8a52dc0.pth" in missing[0].needs and "SqueezeNet1_1_Weights" in missing[0].how_to_get
 
 
 def test_a_folder_brings_all_that_it_holds(weights_folder):
